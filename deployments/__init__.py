@@ -1,0 +1,1 @@
+"""What is registered with the Prefect server, and how a project gets there."""

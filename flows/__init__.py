@@ -1,0 +1,1 @@
+"""Order and branches only: a flow file reads as its DAG."""

@@ -1,0 +1,1 @@
+"""The core of Perennial: values, pure decisions and capabilities. Knows nothing of Prefect."""

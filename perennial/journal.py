@@ -1,0 +1,434 @@
+"""The release journal: which projects are enabled, which releases exist, what was decided. The truth.
+
+Releases and decisions are only ever added; the database itself refuses to change or delete them. Several
+processes may write at once, on SQLite (one machine) and on Postgres. What a method
+returned from is on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, NoSuchModuleError
+from sqlalchemy.pool import NullPool
+
+from perennial.errors import InstallationError, ProjectError, ReleaseError
+from perennial.values import Environment, JsonObject, Release, Value
+
+SCHEMA_VERSION = 1
+BUSY_SECONDS = 30  # how long a SQLite writer waits for the others
+CONNECT_SECONDS = 5
+
+Kind = Literal["candidate", "promoted", "withdrawn", "approved", "declined", "retrain"]
+
+METADATA = sa.MetaData()
+
+SCHEMA = sa.Table("perennial_schema", METADATA, sa.Column("version", sa.Integer, primary_key=True))
+
+PROJECTS = sa.Table(
+    "projects",
+    METADATA,
+    sa.Column("name", sa.String(40), primary_key=True),
+    sa.Column("repository", sa.Text, nullable=False),
+    sa.Column("subdirectory", sa.Text, nullable=False),
+    sa.Column("branch", sa.Text, nullable=False),
+    sa.Column("enabled_at", sa.String(32), nullable=False),
+)
+
+RELEASES = sa.Table(
+    "releases",
+    METADATA,
+    sa.Column("release_id", sa.String(53), primary_key=True),
+    sa.Column("project", sa.String(40), nullable=False),
+    sa.Column("status", sa.String(8), nullable=False),
+    sa.Column("created_at", sa.String(32), nullable=False),
+    sa.Column("document", sa.Text, nullable=False),
+    sa.Index("releases_of_project", "project", "status", "created_at"),
+)
+
+DECISIONS = sa.Table(
+    "decisions",
+    METADATA,
+    sa.Column("position", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("at", sa.String(32), nullable=False),
+    sa.Column("project", sa.String(40), nullable=False),
+    sa.Column("environment", sa.String(10), nullable=True),
+    sa.Column("kind", sa.String(20), nullable=False),
+    sa.Column("release_id", sa.String(53), nullable=True),
+    sa.Column("payload", sa.JSON, nullable=False),
+    sa.Index("decisions_of_project", "project", "environment", "position"),
+    sqlite_autoincrement=True,
+)
+
+MARKS = sa.Table(
+    "marks",
+    METADATA,
+    sa.Column("kind", sa.String(40), primary_key=True),
+    sa.Column("project", sa.String(40), primary_key=True),
+    sa.Column("key", sa.String(200), primary_key=True),
+    sa.Column("at", sa.String(32), nullable=False),
+)
+
+SQLITE_APPEND_ONLY = """
+CREATE TRIGGER %(table)s_no_{verb} BEFORE {verb} ON %(table)s
+BEGIN SELECT RAISE(ABORT, '%(table)s is append-only'); END"""
+
+POSTGRES_REFUSE = """
+CREATE OR REPLACE FUNCTION perennial_append_only() RETURNS trigger LANGUAGE plpgsql AS
+$$ BEGIN RAISE EXCEPTION '% is append-only', TG_TABLE_NAME; END $$"""
+
+POSTGRES_APPEND_ONLY = """
+CREATE TRIGGER %(table)s_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON %(table)s
+FOR EACH STATEMENT EXECUTE FUNCTION perennial_append_only()"""
+
+
+class EnabledProject(Value):
+    """A project that Perennial builds, and where its code is."""
+
+    name: str
+    repository: str
+    subdirectory: str
+    branch: str
+    enabled_at: datetime
+
+
+class Decision(Value):
+    """One row of the journal. `position` orders them; `payload` says why, and who."""
+
+    position: int
+    at: datetime
+    project: str
+    environment: Environment | None
+    kind: Kind
+    release_id: str | None
+    payload: JsonObject
+
+
+class Journal:
+    """The journal in one database. Cheap to open; threads may share it, a forked child may not."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+        self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
+        with self._writing() as connection:
+            _create_or_check(connection, _shown(engine.url))
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def enable_project(
+        self, name: str, repository: str, subdirectory: str = "", branch: str = "main"
+    ) -> EnabledProject:
+        """Add the project, or point it at another repository or branch."""
+        row = {"name": name, "repository": repository, "subdirectory": subdirectory, "branch": branch}
+        places = {column: value for column, value in row.items() if column != "name"}
+        statement = self._insert(PROJECTS).values(**row, enabled_at=_now())
+        with self._writing() as connection:
+            connection.execute(statement.on_conflict_do_update(index_elements=["name"], set_=places))
+        return self.project(name)
+
+    def project(self, name: str) -> EnabledProject:
+        """The enabled project.
+
+        Raises ProjectError naming the nearest one there is.
+        """
+        projects = {project.name: project for project in self.projects()}
+        if name in projects:
+            return projects[name]
+        near = get_close_matches(name, projects, n=1)
+        raise ProjectError(
+            f"no project {name!r} is enabled" + (f"; did you mean {near[0]!r}?" if near else ""),
+            expected=f"one of: {', '.join(projects) or 'none is enabled yet'}",
+            next_command="make demo" if not projects else "",
+        )
+
+    def projects(self) -> list[EnabledProject]:
+        rows = self._read(sa.select(PROJECTS).order_by(PROJECTS.c.name))
+        return [EnabledProject(**row) for row in rows]
+
+    def record_release(self, release: Release) -> Release:
+        """Record a release once; a second time gives the one that was recorded.
+
+        Raises ReleaseError when it was recorded with the other status: a verdict is final.
+        """
+        statement = self._insert(RELEASES).values(
+            release_id=release.release_id,
+            project=release.project,
+            status=release.status,
+            created_at=_text(release.created_at),
+            document=release.model_dump_json(),
+        )
+        with self._writing() as connection:
+            connection.execute(statement.on_conflict_do_nothing())
+        stored = self.release(release.release_id)
+        assert stored is not None
+        if stored.status != release.status:
+            raise ReleaseError(
+                f"{release.release_id} was recorded as {stored.status} on {_text(stored.created_at)}, "
+                f"and is {release.status} now",
+                expected="the same verdict: a release is never judged twice",
+                next_command="commit a change, or build on another day's data",
+            )
+        return stored
+
+    def release(self, release_id: str) -> Release | None:
+        rows = self._read(sa.select(RELEASES.c.document).where(RELEASES.c.release_id == release_id))
+        return Release.model_validate_json(rows[0]["document"]) if rows else None
+
+    def releases(
+        self, project: str | None = None, status: str | None = None, limit: int = 100
+    ) -> list[Release]:
+        """The newest `limit` releases, newest first."""
+        query = sa.select(RELEASES.c.document)
+        query = _where(query, {RELEASES.c.project: project, RELEASES.c.status: status})
+        query = query.order_by(RELEASES.c.created_at.desc(), RELEASES.c.release_id).limit(limit)
+        return [Release.model_validate_json(row["document"]) for row in self._read(query)]
+
+    def decide(
+        self,
+        *,
+        project: str,
+        kind: Kind,
+        environment: Environment | None = None,
+        release_id: str | None = None,
+        payload: JsonObject | None = None,
+    ) -> int:
+        """Add a decision, before it is acted on. Returns its position."""
+        row = {
+            "at": _now(),
+            "project": project,
+            "environment": environment,
+            "kind": kind,
+            "release_id": release_id,
+            "payload": payload or {},
+        }
+        with self._writing() as connection:
+            if connection.dialect.name == "postgresql":
+                # Sequences run ahead of commits: without the lock position 8 can be read before 7 exists.
+                connection.exec_driver_sql("LOCK TABLE decisions IN SHARE ROW EXCLUSIVE MODE")
+            position = connection.execute(sa.insert(DECISIONS).values(row)).inserted_primary_key
+        assert position is not None
+        return int(position[0])
+
+    def decisions(
+        self,
+        project: str | None = None,
+        environment: Environment | None = None,
+        kinds: tuple[Kind, ...] = (),
+    ) -> list[Decision]:
+        """Decisions in the order they were made."""
+        query = sa.select(DECISIONS).order_by(DECISIONS.c.position)
+        query = _where(query, {DECISIONS.c.project: project, DECISIONS.c.environment: environment})
+        if kinds:
+            query = query.where(DECISIONS.c.kind.in_(kinds))
+        return [Decision(**row) for row in self._read(query)]
+
+    def active(self, project: str, environment: Environment) -> str | None:
+        """The release that serves: the last promoted one. Withdrawing a candidate changes nothing here."""
+        promoted = self._promoted(project, environment)
+        return promoted[-1] if promoted else None
+
+    def previous(self, project: str, environment: Environment) -> str | None:
+        """The release that served before the active one: where a rollback goes."""
+        promoted = self._promoted(project, environment)
+        return next((r for r in reversed(promoted) if r != promoted[-1]), None)
+
+    def champion(self, project: str) -> str | None:
+        """The release a challenger is compared with: production's, before it has one test's, else None."""
+        return self.active(project, "production") or self.active(project, "test")
+
+    def approve(
+        self, release: Release, environment: Environment, reviewer: str, payload: JsonObject | None = None
+    ) -> int:
+        """Open the way of exactly this release into this environment, in a person's name."""
+        return self._review("approved", release, environment, reviewer, payload)
+
+    def decline(
+        self, release: Release, environment: Environment, reviewer: str, payload: JsonObject | None = None
+    ) -> int:
+        """Close it, also after an approval."""
+        return self._review("declined", release, environment, reviewer, payload)
+
+    def approval(self, release: Release, environment: Environment) -> Decision | None:
+        """The approval of this release, digest for digest, unless it was declined since."""
+        digest = release.digest()
+        reviews = [
+            decision
+            for decision in self.decisions(release.project, environment, ("approved", "declined"))
+            if decision.payload.get("digest") == digest
+        ]
+        return reviews[-1] if reviews and reviews[-1].kind == "approved" else None
+
+    def once(self, kind: str, project: str, key: str) -> bool:
+        """True for the first caller with these words, ever; False for all others."""
+        statement = self._insert(MARKS).values(kind=kind, project=project, key=key, at=_now())
+        with self._writing() as connection:
+            return connection.execute(statement.on_conflict_do_nothing()).rowcount == 1
+
+    def _review(
+        self,
+        kind: Kind,
+        release: Release,
+        environment: Environment,
+        reviewer: str,
+        payload: JsonObject | None,
+    ) -> int:
+        return self.decide(
+            project=release.project,
+            environment=environment,
+            kind=kind,
+            release_id=release.release_id,
+            payload={**(payload or {}), "digest": release.digest(), "reviewer": reviewer},
+        )
+
+    def _promoted(self, project: str, environment: Environment) -> list[str]:
+        """What served, in order."""
+        decisions = self.decisions(project, environment, ("promoted",))
+        return [decision.release_id for decision in decisions if decision.release_id]
+
+    def _read(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
+        with _explained(self._engine.url), self._engine.connect() as connection:
+            return [dict(row) for row in connection.execute(query).mappings()]
+
+    @contextmanager
+    def _writing(self) -> Iterator[sa.Connection]:
+        engine = self._engine.execution_options(writing=True)
+        with _explained(self._engine.url), engine.begin() as connection:
+            yield connection
+
+
+def open_journal(database_url: str) -> Journal:
+    """The journal at a SQLAlchemy URL, its tables made if they are missing.
+
+    Raises InstallationError when the database is away, or of another version of Perennial.
+    """
+    try:
+        url = sa.make_url(database_url)
+        match url.drivername:
+            case "sqlite" | "sqlite+pysqlite" if url.database and url.database != ":memory:":
+                return Journal(_sqlite(url))
+            case "postgresql" | "postgres" | "postgresql+psycopg":
+                return Journal(_postgres(url.set(drivername="postgresql+psycopg")))
+    except (ArgumentError, NoSuchModuleError):
+        pass
+    raise InstallationError(
+        f"cannot read the journal's address {_scheme(database_url)}…",
+        expected="sqlite:////absolute/file.db or postgresql+psycopg://user:password@host/database",
+        next_command="set PERENNIAL_DATABASE_URL, or unset it for the file in PERENNIAL_HOME",
+    )
+
+
+def _sqlite(url: sa.URL) -> sa.Engine:
+    folder = Path(url.database or "").parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InstallationError(
+            f"the journal's folder {folder} cannot be made: {error.strerror}",
+            expected="a folder this user can write to",
+            next_command="set PERENNIAL_HOME or PERENNIAL_DATABASE_URL",
+        ) from None
+    engine = sa.create_engine(url, poolclass=NullPool, connect_args={"timeout": BUSY_SECONDS})
+
+    @sa.event.listens_for(engine, "connect")
+    def _configure(connection: Any, _record: object) -> None:
+        connection.isolation_level = None  # the driver would begin transactions late, and not at all for DDL
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: sa.Connection) -> None:
+        # A reader that turns writer fails at once instead of waiting: writers say so from the start.
+        writing = connection.get_execution_options().get("writing", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
+
+    return engine
+
+
+def _postgres(url: sa.URL) -> sa.Engine:
+    timeout = {} if "connect_timeout" in url.query else {"connect_timeout": CONNECT_SECONDS}
+    return sa.create_engine(url, pool_pre_ping=True, pool_size=2, max_overflow=8, connect_args=timeout)
+
+
+def _create_or_check(connection: sa.Connection, shown: str) -> None:
+    if connection.dialect.name == "postgresql":
+        # Two processes may find an empty database at once; on SQLite the second waits to begin.
+        connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtext('perennial_schema'))")
+    tables = set(sa.inspect(connection).get_table_names())
+    if SCHEMA.name in tables:
+        found = str(connection.execute(sa.select(SCHEMA.c.version)).scalar())
+    else:
+        found = "of no version" if tables & set(METADATA.tables) else ""
+    if not found:
+        METADATA.create_all(connection)
+        for table in (RELEASES, DECISIONS):
+            _make_append_only(connection, table.name)
+        connection.execute(sa.insert(SCHEMA).values(version=SCHEMA_VERSION))
+    elif found != str(SCHEMA_VERSION):
+        newer = found.isdigit() and int(found) > SCHEMA_VERSION
+        raise InstallationError(
+            f"the journal at {shown} has schema {found}",
+            expected=f"schema {SCHEMA_VERSION}, as this version of Perennial writes it",
+            next_command="git pull && make up, for the version of Perennial that wrote it"
+            if newer
+            else "mv .perennial .perennial.old && make demo (or another PERENNIAL_DATABASE_URL)",
+        )
+
+
+def _make_append_only(connection: sa.Connection, table: str) -> None:
+    if connection.dialect.name == "sqlite":
+        statements = [SQLITE_APPEND_ONLY.format(verb=verb) for verb in ("UPDATE", "DELETE")]
+    else:
+        statements = [POSTGRES_REFUSE, POSTGRES_APPEND_ONLY]
+    for statement in statements:
+        connection.exec_driver_sql(statement.replace("%(table)s", table))
+
+
+@contextmanager
+def _explained(url: sa.URL) -> Iterator[None]:
+    try:
+        yield
+    except (IntegrityError, DataError):
+        raise
+    except DBAPIError as error:
+        reason = str(error.orig).strip().partition("\n")[0]
+        if url.password:
+            reason = reason.replace(str(url.password), "***")
+        away = url.drivername.startswith("postgresql")
+        raise InstallationError(
+            f"the journal at {_shown(url)} cannot be used: {reason}",
+            expected="a database that this user may read and write",
+            next_command=f"pg_isready -h {url.host or 'localhost'} -p {url.port or 5432}"
+            if away
+            else f"ls -l {url.database}",
+        ) from None
+
+
+def _where(query: sa.Select[Any], wanted: dict[sa.Column[Any], Any]) -> sa.Select[Any]:
+    return query.where(*(column == value for column, value in wanted.items() if value is not None))
+
+
+def _shown(url: sa.URL) -> str:
+    return url.render_as_string(hide_password=True)
+
+
+def _scheme(database_url: str) -> str:
+    return repr(database_url.partition("://")[0][:20])
+
+
+def _now() -> str:
+    return _text(datetime.now(UTC))
+
+
+def _text(moment: datetime) -> str:
+    """UTC, of one width, so that text sorts as time does."""
+    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return aware.astimezone(UTC).isoformat(timespec="microseconds")

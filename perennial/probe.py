@@ -1,0 +1,39 @@
+"""Asks a part of an installation over HTTP how it is."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from typing import Any, NamedTuple
+
+# The parts are on this machine or beside it; a proxy of the user's environment must not stand between.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class Answer(NamedTuple):
+    """What came back: the status, the body, the headers with lower-case names."""
+
+    status: int
+    body: bytes
+    headers: dict[str, str]
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def probe(url: str, *, timeout_seconds: float = 2.0) -> Answer | None:
+    """GET `url`; None when nobody answers within the limit. An HTTP error status is an answer."""
+    try:
+        with _OPENER.open(url, timeout=timeout_seconds) as response:
+            return _answer(response.status, response.read(), response.headers.items())
+    except urllib.error.HTTPError as error:
+        with error:
+            return _answer(error.code, error.read(), error.headers.items())
+    except (OSError, http.client.HTTPException):
+        return None
+
+
+def _answer(status: int, body: bytes, headers: Any) -> Answer:
+    return Answer(status, body, {name.lower(): value for name, value in headers})

@@ -1,0 +1,191 @@
+"""The one place that starts other programs: scrubbed environment, a time limit, no orphan left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from perennial.errors import ChildFailed
+
+# What a child may inherit. Nothing of ours (PERENNIAL_*, PREFECT_*, AWS_*, database URLs) is on this list.
+_INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "USER", "LOGNAME")
+# For the programs that fetch packages: where to fetch from, and whom to trust.
+_NETWORK = (
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "REQUESTS_CA_BUNDLE",
+    "CURL_CA_BUNDLE",
+    "HTTPS_PROXY",
+    "HTTP_PROXY",
+)
+_NETWORK_PREFIXES = ("UV_", "PIP_", "https_proxy", "http_proxy", "no_proxy", "NO_PROXY")
+
+TAIL_LINES = 25
+
+
+def scrubbed_environment(*, network: bool = False, **extra: str) -> dict[str, str]:
+    """The environment of a child: a short allow-list of ours, plus `extra`.
+
+    `network` adds what a package client needs to reach its index.
+    """
+    inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+    if network:
+        inherited |= {
+            name: value
+            for name, value in os.environ.items()
+            if name in _NETWORK or name.startswith(_NETWORK_PREFIXES)
+        }
+    return inherited | extra
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    cwd: Path,
+    environment: Mapping[str, str],
+    timeout_seconds: float,
+    log: Path,
+    what: str,
+    allowed_codes: Sequence[int] = (0,),
+    on_line: Callable[[str], None] | None = None,
+) -> int:
+    """Run a program to its end, its output going line by line to `log` and to `on_line`.
+
+    Returns the exit code. Raises ChildFailed, with the tail of the log, when the program exits with a code
+    that is not allowed, is killed by a signal, or runs longer than `timeout_seconds` (its whole process
+    group is then killed).
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    tail: deque[str] = deque(maxlen=TAIL_LINES)
+    expired = threading.Event()
+    started = time.monotonic()
+    with log.open("a", encoding="utf-8") as sink:
+        try:
+            child = subprocess.Popen(
+                [*_die_with_parent(), *argv],
+                cwd=cwd,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ChildFailed(f"{what}: {argv[0]} could not be started: {error.strerror}") from error
+
+        def expire() -> None:
+            expired.set()
+            _kill_group(child.pid)
+
+        timer = threading.Timer(timeout_seconds, expire)
+        timer.start()
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                sink.write(line)
+                sink.flush()
+                tail.append(line.rstrip("\n"))
+                if on_line is not None:
+                    on_line(line.rstrip("\n"))
+            code = child.wait()
+        except BaseException:
+            _kill_group(child.pid)
+            child.wait()
+            raise
+        finally:
+            timer.cancel()
+            child.stdout.close() if child.stdout else None
+
+    if expired.is_set():
+        raise ChildFailed(
+            f"{what} was stopped after {time.monotonic() - started:.0f} s{_shown(tail)}",
+            f"an end within {timeout_seconds:.0f} s, the limit of this step",
+            "make it faster, or raise its limit under [tool.perennial.limits] in pyproject.toml",
+        )
+    if code < 0:
+        name = signal.Signals(-code).name
+        raise ChildFailed(
+            f"{what} was killed by {name}{_shown(tail)}",
+            "a process that ends by itself" + (" (out of memory?)" if name == "SIGKILL" else ""),
+            "prefect flow-run retry RUN-ID continues at this step",
+        )
+    if code not in allowed_codes:
+        raise ChildFailed(f"{what} exited with code {code}{_shown(tail)}", "exit code 0")
+    return code
+
+
+def capture(argv: Sequence[str], *, cwd: Path, environment: Mapping[str, str], timeout_seconds: float) -> str:
+    """Run a short program and return its standard output; ChildFailed carries what it said on stderr."""
+    try:
+        done = subprocess.run(
+            argv,
+            cwd=cwd,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ChildFailed(f"{argv[0]} did not end within {timeout_seconds:.0f} s") from error
+    except OSError as error:
+        raise ChildFailed(f"{argv[0]} could not be started: {error.strerror}") from error
+    if done.returncode:
+        raise ChildFailed(done.stderr.strip() or f"{argv[0]} exited with code {done.returncode}")
+    return done.stdout
+
+
+def start_daemon(argv: Sequence[str], *, cwd: Path, environment: Mapping[str, str], log: Path) -> int:
+    """Start a program that outlives us, in a session of its own, and return its process id.
+
+    On Linux its orphaned descendants become its children again, whatever session they moved to, so that
+    whoever ends it can find them all.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    adopting = [sys.executable, "-c", _ADOPT_ORPHANS] if sys.platform == "linux" else []
+    with log.open("ab") as sink:
+        return subprocess.Popen(
+            [*adopting, *argv],
+            cwd=cwd,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ).pid
+
+
+_ADOPT_ORPHANS = """
+import ctypes, os, sys
+PR_SET_CHILD_SUBREAPER = 36
+ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def _die_with_parent() -> list[str]:
+    """On Linux, a child must not outlive a parent that is killed: `kill -9` runs no clean-up of ours."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
+
+
+def _kill_group(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _shown(tail: Sequence[str]) -> str:
+    return ". Its last lines:\n" + "\n".join(f"    {line}" for line in tail) if tail else ""

@@ -1,0 +1,280 @@
+"""Where the processes of a service run. One target so far: processes under the installation's supervisord."""
+
+from __future__ import annotations
+
+import configparser
+import fcntl
+import io
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from pydantic import Field
+
+from perennial import ports, supervision
+from perennial.errors import RolloutError
+from perennial.probe import probe
+from perennial.settings import Settings
+from perennial.supervision import Supervisor
+from perennial.values import Endpoint, Environment, JsonObject, ProjectName, ReleaseId, Value
+from serving.contract import RELEASE_HEADER
+
+_POLL_SECONDS = 0.05
+_START_SECONDS = 10.0  # supervisord answers, forks and reports in far less
+_KILL_MARGIN_SECONDS = 5.0
+
+# One row of a prediction is too small to share; without this OpenMP spins on the other requests' cores.
+_SERVICE_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONSAFEPATH": "1",
+}
+
+
+class Instance(Value):
+    """One release to be served in one environment, and with what."""
+
+    environment: Environment
+    project: ProjectName
+    release_id: ReleaseId
+    python: Path  # of the release's own environment
+    release: Path  # the release directory on disk
+    prediction_log: str  # URL
+    spool: Path
+    drain_seconds: float = Field(default=30.0, ge=0)
+    variables: dict[str, str] = Field(default_factory=dict)  # further environment variables of the process
+    argv: tuple[str, ...] = ()  # instead of the serving wheel's server; `--host` and `--port` are appended
+
+    @property
+    def name(self) -> str:
+        return f"svc-{self.environment}-{self.release_id}"
+
+
+class Running(Value):
+    """A service process that its target knows of; `state` is supervisor's word."""
+
+    environment: Environment
+    project: ProjectName
+    endpoint: Endpoint
+    state: str
+    pid: int
+    uptime_seconds: float
+    drain_seconds: float
+
+
+class Target(Protocol):
+    """Starts and stops instances. Every method may be repeated, and converges after a crash in its middle."""
+
+    def start(self, instance: Instance) -> Endpoint:
+        """Have the instance running, or still starting, at the endpoint returned; one that runs is reused."""
+
+    def wait_ready(self, endpoint: Endpoint, timeout_seconds: float) -> None:
+        """Return when the endpoint answers that it is ready to serve its release.
+
+        Raises RolloutError, with the end of the service's log, when it dies or is not ready in time.
+        """
+
+    def stop(self, name: str, drain_seconds: float) -> None:
+        """End an instance after it has answered what it had accepted; one that is absent is no error."""
+
+    def instances(self) -> tuple[Running, ...]:
+        """All instances, also those that died."""
+
+
+class ProcessTarget:
+    """Service processes under supervisord, a configuration file each, which also remembers the port."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._supervisor = Supervisor(settings)
+        self._folder = settings.root / "services"
+
+    def start(self, instance: Instance) -> Endpoint:
+        """Raises InstallationError when supervisord does not run, RolloutError when it cannot spawn it."""
+        name = instance.name
+        with self._locked():
+            endpoint = self._configure(instance)
+            self._load(name)
+        deadline = time.monotonic() + _START_SECONDS
+        while (
+            process := self._supervisor.process(name)
+        ) is None or process.state not in supervision.UP_STATES:
+            if process is None:
+                raise RolloutError(f"supervisord lost {name}", "a program of that name", "make status")
+            if process.is_down:
+                self._supervisor.start(name)
+            if time.monotonic() > deadline:
+                raise RolloutError(
+                    f"{name} does not start: {process.state.lower()} {process.reason}\n{self._tail(name)}",
+                    "a process that stays",
+                    f"see {self._log(name)}",
+                )
+            time.sleep(_POLL_SECONDS)
+        return endpoint
+
+    def wait_ready(self, endpoint: Endpoint, timeout_seconds: float) -> None:
+        deadline = time.monotonic() + timeout_seconds
+        first_pid = 0
+        last = "nobody answers"
+        while True:
+            answer = probe(f"http://{endpoint.host}:{endpoint.port}/health/ready")
+            if answer is not None:
+                served = answer.headers.get(RELEASE_HEADER)
+                if answer.status == 200 and served in (None, endpoint.release_id):
+                    return
+                last = f"/health/ready answers {answer.status} for {served or 'no release'}"
+            if endpoint.name:
+                process = self._supervisor.process(endpoint.name)
+                pid = process.pid if process else 0
+                first_pid = first_pid or pid
+                # A second process id means that the first one died; that the next may live helps nobody.
+                if process is None or process.is_down or process.state == "BACKOFF" or pid != first_pid:
+                    raise RolloutError(
+                        f"{endpoint.name} died before it was ready. Its last lines:\n"
+                        f"{self._tail(endpoint.name)}",
+                        "a process that gets ready to serve",
+                        f"see {self._log(endpoint.name)}",
+                    )
+            if time.monotonic() > deadline:
+                raise RolloutError(
+                    f"{endpoint.release_id} was not ready within {timeout_seconds:g} s: {last}. "
+                    f"Its last lines:\n{self._tail(endpoint.name)}",
+                    "200 from /health/ready",
+                    "make it start faster, or raise ready_timeout_seconds under [tool.perennial.service]",
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def stop(self, name: str, drain_seconds: float = 30.0) -> None:
+        self._supervisor.stop(name)
+        deadline = time.monotonic() + drain_seconds + _KILL_MARGIN_SECONDS
+        while (process := self._supervisor.process(name)) is not None and not process.is_down:
+            if time.monotonic() > deadline:
+                self._supervisor.kill(name)
+            time.sleep(_POLL_SECONDS)
+        with self._locked():
+            self._file(name).unlink(missing_ok=True)
+            self._supervisor.reread()
+            self._supervisor.remove(name)
+
+    def instances(self) -> tuple[Running, ...]:
+        processes = self._supervisor.processes()
+        found = []
+        for name, described in self._described().items():
+            process = processes.get(name)
+            found.append(
+                Running(
+                    environment=described["environment"],
+                    project=described["project"],
+                    endpoint=Endpoint.model_validate(described["endpoint"]),
+                    state=process.state if process else "STOPPED",
+                    pid=process.pid if process else 0,
+                    uptime_seconds=process.uptime_seconds if process else 0.0,
+                    drain_seconds=described["drain_seconds"],
+                )
+            )
+        return tuple(found)
+
+    def _configure(self, instance: Instance) -> Endpoint:
+        """Write the instance's file, unless it is there and as wanted."""
+        name = instance.name
+        described = self._described()
+        process = self._supervisor.process(name)
+        runs = process is not None and process.state in supervision.UP_STATES
+        port = described[name]["endpoint"]["port"] if name in described else 0
+        if not port or not (runs or ports.is_free(self._settings.host, port)):
+            taken = {other["endpoint"]["port"] for other in described.values()}
+            port = ports.first_free(self._settings.host, self._settings.first_service_port, taken)
+        endpoint = Endpoint(name=name, host=self._settings.host, port=port, release_id=instance.release_id)
+        wanted = self._program(instance, endpoint)
+        path = self._file(name)
+        if not path.exists() or path.read_text() != wanted:
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")  # not *.conf: supervisord must not see it
+            temporary.touch(mode=0o600)
+            temporary.write_text(wanted)
+            temporary.replace(path)
+        return endpoint
+
+    def _load(self, name: str) -> None:
+        added, changed, _ = self._supervisor.reread()
+        if name in changed:
+            self._end(name)
+            self._supervisor.remove(name)
+        if name in added or name in changed:
+            self._supervisor.add(name)
+
+    def _end(self, name: str) -> None:
+        self._supervisor.stop(name)
+        while (process := self._supervisor.process(name)) is not None and not process.is_down:
+            time.sleep(_POLL_SECONDS)
+
+    def _program(self, instance: Instance, endpoint: Endpoint) -> str:
+        argv = instance.argv or (
+            str(instance.python),
+            "-m",
+            "serving.server",
+            "--release",
+            str(instance.release),
+            "--environment",
+            instance.environment,
+            "--prediction-log",
+            instance.prediction_log,
+            "--spool",
+            str(instance.spool),
+        )
+        parser = configparser.RawConfigParser()
+        parser[f"program:{instance.name}"] = {
+            "command": supervision.command([*argv, "--host", endpoint.host, "--port", str(endpoint.port)]),
+            "directory": str(instance.release).replace("%", "%%"),
+            "environment": supervision.environment(_SERVICE_ENVIRONMENT | instance.variables),
+            "autostart": "true",
+            "autorestart": "true",
+            "startsecs": "1",
+            "startretries": "2",
+            "stopsignal": "TERM",
+            "stopwaitsecs": str(int(instance.drain_seconds + _KILL_MARGIN_SECONDS) + 1),
+            "killasgroup": "true",
+            "redirect_stderr": "true",
+            "stdout_logfile": str(self._log(instance.name)).replace("%", "%%"),
+            "stdout_logfile_maxbytes": "10MB",
+            "stdout_logfile_backups": "3",
+        }
+        described = {
+            "environment": instance.environment,
+            "project": instance.project,
+            "endpoint": endpoint.model_dump(),
+            "drain_seconds": instance.drain_seconds,
+        }
+        parser[f"perennial:{instance.name}"] = {"instance": json.dumps(described)}
+        text = io.StringIO()
+        parser.write(text)
+        return text.getvalue()
+
+    def _described(self) -> dict[str, JsonObject]:
+        found = {}
+        for path in sorted(self._folder.glob("svc-*.conf")):
+            parser = configparser.RawConfigParser()
+            parser.read(path)
+            found[path.stem] = json.loads(parser[f"perennial:{path.stem}"]["instance"])
+        return found
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One at a time: two deployments must not pick the same port."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{name}.conf"
+
+    def _log(self, name: str) -> Path:
+        return self._settings.root / "logs" / f"{name}.log"
+
+    def _tail(self, name: str) -> str:
+        return supervision.tail(self._log(name))

@@ -1,0 +1,245 @@
+"""The nouns: frozen, small, JSON-serialisable. The only thing that passes between tasks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from datetime import date, datetime
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+ProjectName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,39}$")]
+ReleaseId = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,39}-[0-9a-f]{12}$")]
+Environment = Literal["test", "production"]
+ENVIRONMENTS: tuple[Environment, ...] = ("test", "production")
+ColumnType = Literal["integer", "number", "string", "boolean", "timestamp"]
+
+
+class Value(BaseModel):
+    """A frozen noun."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def digest(self) -> str:
+        """SHA-256 over the canonical JSON of this value."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class Artifact(Value):
+    """Bytes in the store, named by what they are.
+
+    The digest of a directory covers its files' names and digests.
+    """
+
+    uri: str
+    sha256: Sha256
+    bytes: int
+
+
+class Source(Value):
+    """Which code: one commit of one project."""
+
+    project: ProjectName
+    repository: str
+    git_sha: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
+    subdirectory: str = ""
+
+
+class ModelEnvironment(Value):
+    """The isolated environment that a project's lock and a serving wheel make; the store holds both."""
+
+    fingerprint: Sha256
+    lock: Artifact
+    serving: Artifact
+    python: str  # major.minor
+
+
+class Column(Value):
+    """One column of a dataset."""
+
+    name: str
+    type: ColumnType
+    nullable: bool
+
+
+class Dataset(Value):
+    """Which data: an immutable snapshot in Parquet."""
+
+    uri: str
+    fingerprint: Sha256
+    rows: int
+    columns: tuple[Column, ...]
+    as_of: date
+    first_time: datetime | None
+    last_time: datetime | None
+
+
+class TestReport(Value):
+    """What the developer's own tests said."""
+
+    __test__ = False  # pytest would collect it by its name
+
+    passed: int
+    skipped: int
+    report: Artifact
+
+
+class TrainedModel(Value):
+    """A model came out: the artifact, and the predictions it made on rows it has never seen."""
+
+    artifact: Artifact
+    input_schema: Artifact
+    golden: Artifact
+    holdout_predictions: Artifact
+    environment: Sha256
+    seed: int
+    training_rows: int
+    holdout_rows: int
+    holdout_start: datetime | None
+    train_seconds: float
+    parameters: dict[str, str]
+
+
+class Metric(Value):
+    """A point estimate with its confidence interval; `slice` is empty for the whole holdout."""
+
+    name: str
+    slice: str = ""
+    value: float | None
+    low: float | None
+    high: float | None
+    rows: int
+    clusters: int
+
+
+class Evaluation(Value):
+    """How good: metrics with intervals, overall and per slice, and against the champion on the same rows."""
+
+    metrics: tuple[Metric, ...]
+    champion: ReleaseId | None = None
+    champion_differences: tuple[Metric, ...] = ()
+    report: Artifact | None = None
+
+    def metric(self, name: str, slice_: str = "") -> Metric | None:
+        return next((m for m in self.metrics if (m.name, m.slice) == (name, slice_)), None)
+
+
+class Verdict(StrEnum):
+    PASS = "pass"  # noqa: S105
+    FAIL = "fail"
+    INSUFFICIENT = "insufficient evidence"
+
+
+class Gate(Value):
+    """One decision: what was measured, against which threshold, and why the verdict."""
+
+    name: str
+    verdict: Verdict
+    measured: float | None
+    threshold: float | None
+    interval: tuple[float, float] | None = None
+    reason: str
+
+
+class GateReport(Value):
+    """Good enough, or not, and why. Only an all-`pass` report opens the way."""
+
+    gates: tuple[Gate, ...]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.gates) and all(g.verdict is Verdict.PASS for g in self.gates)
+
+    @property
+    def summary(self) -> str:
+        """One line per gate that did not pass, or how many did."""
+        bad = [g for g in self.gates if g.verdict is not Verdict.PASS]
+        if not bad:
+            return f"{len(self.gates)} gates passed"
+        return "; ".join(f"{g.name}: {g.verdict.value}, {g.reason}" for g in bad)
+
+
+class Package(Value):
+    """What was published to the package index."""
+
+    name: str
+    version: str
+    sha256: Sha256
+    filename: str
+    index: str
+
+
+class ServiceLimits(Value):
+    """What the service of a model accepts, how long it may take to get ready and to end."""
+
+    max_rows: int = Field(default=1000, ge=1)
+    max_body_bytes: int = Field(default=8_388_608, ge=1024)
+    max_concurrent_requests: int = Field(default=256, ge=1)
+    drain_seconds: float = Field(default=30.0, ge=0)
+    ready_timeout_seconds: float = Field(default=60.0, gt=0)
+
+
+class Release(Value):
+    """One immutable thing to deploy. The id is derived from the content; the rest is lineage."""
+
+    release_id: ReleaseId
+    project: ProjectName
+    import_name: str
+    task: str
+    timezone: str
+    service: ServiceLimits
+    status: Literal["accepted", "rejected"]
+    source: Source
+    dataset: Dataset
+    environment: ModelEnvironment
+    tests: TestReport
+    model: TrainedModel
+    evaluation: Evaluation
+    gates: GateReport
+    package: Package | None = None  # of an accepted release only
+    mlflow_version: str | None = None
+    mlflow_run_id: str | None = None
+    created_at: datetime
+
+
+class ParityReport(Value):
+    """What is served is what was trained: this many golden rows were answered bit for bit alike."""
+
+    release_id: ReleaseId
+    rows: int
+    seconds: float
+
+
+class Rollout(Value):
+    """What runs where, after the decision at `position` of the journal."""
+
+    project: ProjectName
+    environment: Environment
+    active: ReleaseId
+    previous: ReleaseId | None
+    url: str
+    traffic_percent: int
+    position: int
+
+
+class Endpoint(Value):
+    """Where one release of a service answers. `name` is what its target calls it."""
+
+    name: str = ""
+    host: str
+    port: int
+    release_id: str
+    weight: Annotated[int, Field(ge=1)] = 1
+
+
+def slug(text: str) -> str:
+    """`text` as lowercase words joined by dashes, the form Prefect's artifact keys take."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+JsonObject = dict[str, Any]

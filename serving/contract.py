@@ -1,0 +1,140 @@
+"""What Perennial and a process in a model's environment say to each other: files and requests, nothing else.
+
+Perennial starts `python -m serving.trainer REQUEST.json` in the project's environment. The process writes
+`Result` as JSON to `result_path` and exits 0, or writes a `Result` with `error` and exits 3 when it can
+explain what is wrong. Any other exit is a crash; the traceback is on its standard error.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+ColumnType = Literal["integer", "number", "string", "boolean", "timestamp"]
+
+# The files of a release directory, as the server and the trainer see it on disk.
+MANIFEST_FILE = "manifest.json"
+SCHEMA_FILE = "schema.json"
+GOLDEN_FILE = "golden.json"
+MODEL_DIRECTORY = "model"
+SITE_DIRECTORY = "site"  # the project's wheel, unpacked
+
+EXPLAINED_FAILURE = 3  # exit code of a process whose Result holds an error
+
+RELEASE_HEADER = "x-perennial-release"
+
+
+class Column(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One column: `timestamp` travels as an ISO 8601 string, everything else as its JSON type."""
+
+    name: str
+    type: ColumnType
+    nullable: bool
+    utc: bool = False  # a timestamp with an offset; without, wall-clock time
+
+
+class InputSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a request's row may hold: every feature, and any of the keys (logged, not for the model)."""
+
+    features: tuple[Column, ...]
+    keys: tuple[Column, ...] = ()
+
+
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a service accepts and how it ends."""
+
+    max_rows: int = 1000
+    max_body_bytes: int = 8_388_608
+    max_concurrent_requests: int = 256
+    drain_seconds: float = 30.0
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a server has to know of the release it serves."""
+
+    release_id: str
+    project: str
+    package: str  # import name of the model package
+    task: str
+    git_sha: str
+    data_fingerprint: str
+    as_of: str
+    model_sha256: str
+    limits: Limits = msgspec.field(default_factory=Limits)
+
+
+class Golden(msgspec.Struct, frozen=True):
+    """Rows of the holdout and what the model said of them in the process that trained it."""
+
+    rows: list[dict[str, object]]
+    predictions: list[object]
+
+
+class SnapshotRequest(msgspec.Struct, frozen=True, tag="snapshot", forbid_unknown_fields=True):
+    """Call `load_data(as_of)` of the package and write what it returns to `parquet_path`."""
+
+    source: str  # the folder that holds the package, put first on sys.path
+    package: str
+    as_of: str  # ISO date
+    parquet_path: str
+    result_path: str
+
+
+class TrainRequest(msgspec.Struct, frozen=True, tag="train", forbid_unknown_fields=True):
+    """Train on the rows before `holdout_start`, save, reload, predict the holdout with the reloaded model.
+
+    Writes to `output`: `model/`, `schema.json`, `golden.json`, `holdout.parquet` (the target, keys, time
+    column and slice columns of the holdout's rows in snapshot order, and `prediction`). The model is handed
+    the holdout without its target, and only after it has been trained and saved.
+    """
+
+    source: str
+    package: str
+    parquet_path: str
+    target: str
+    time_column: str | None
+    holdout_start: str | None  # ISO timestamp; without a time column the last `holdout_rows` rows
+    holdout_rows: int | None
+    keys: tuple[str, ...]
+    features: tuple[str, ...]
+    carry: tuple[str, ...]  # further columns that holdout.parquet carries (slices)
+    seed: int
+    golden_rows: int
+    output: str
+    result_path: str
+
+
+class PredictRequest(msgspec.Struct, frozen=True, tag="predict", forbid_unknown_fields=True):
+    """Predict rows of a snapshot with a release on disk; writes one column, `prediction`, in row order."""
+
+    release: str
+    parquet_path: str
+    time_column: str | None
+    from_time: str | None
+    last_rows: int | None
+    predictions_path: str
+    result_path: str
+
+
+Request = SnapshotRequest | TrainRequest | PredictRequest
+
+
+class Explained(msgspec.Struct, frozen=True):
+    """An error that its reader can act on."""
+
+    found: str
+    expected: str = ""
+    where: str = ""
+
+
+class Result(msgspec.Struct, frozen=True):
+    """What a process of the project says when it is done."""
+
+    error: Explained | None = None
+    rows: int = 0
+    training_rows: int = 0
+    holdout_rows: int = 0
+    train_seconds: float = 0.0
+    format: str = ""  # how the model was saved: "skops" or "own"
+    parameters: dict[str, str] = {}

@@ -1,0 +1,1 @@
+"""Prefect's edge: each task a few lines over a plain function of the core."""

@@ -1,0 +1,179 @@
+"""What every task needs: the installation's parts, its folders, and errors without tracebacks."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from string import Formatter
+from typing import Any, ParamSpec, TypeVar, cast
+from uuid import UUID
+
+from prefect import get_run_logger
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.runtime import flow_run
+from prefect.states import Failed, State
+
+from perennial import environments, releases, snapshot, source
+from perennial.config import Project
+from perennial.errors import PerennialError
+from perennial.journal import Journal, open_journal
+from perennial.settings import settings
+from perennial.store import Store, StoreCredentials, open_store
+from perennial.values import Dataset, ModelEnvironment, Release, Source
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# With its results kept, a retried run continues where it stopped. Without them it would train again.
+DURABLE: dict[str, Any] = {"persist_result": True, "result_serializer": "json"}
+
+
+def _is_transient(_task: Any, _run: Any, state: State[Any]) -> bool:
+    """What we can explain will not be otherwise in ten seconds."""
+    return not isinstance(state.result(raise_on_failure=False), PerennialError)
+
+
+# Acts over the network may be repeated; a project's own code is not run twice unasked.
+REPEATABLE: dict[str, Any] = {
+    "retries": 2,
+    "retry_delay_seconds": [2, 10],
+    "retry_condition_fn": _is_transient,
+}
+
+
+def explained(flow_body: Callable[P, R]) -> Callable[P, R | State[Any]]:
+    """End a flow in `Failed` with an explanation, not a traceback, on an error that we can explain."""
+
+    @functools.wraps(flow_body)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R | State[Any]:
+        for name in ("prefect.task_runs", "prefect.flow_runs"):
+            logging.getLogger(name).addFilter(_WITHOUT_TRACEBACK)
+        try:
+            return flow_body(*args, **kwargs)
+        except PerennialError as error:
+            return Failed(message=str(error), data=error)
+
+    # Prefect validates parameters by their annotations, and would look their names up in this module.
+    wrapped.__signature__ = inspect.signature(flow_body, eval_str=True)  # type: ignore[attr-defined]
+    return wrapped
+
+
+class _WithoutTraceback(logging.Filter):
+    """A log line for the person who reads the run: the explanation of an error, not where we raised it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], PerennialError):
+            record.msg, record.args = str(record.exc_info[1]), ()
+            record.exc_info = None
+        return True
+
+
+_WITHOUT_TRACEBACK = _WithoutTraceback()
+
+
+def named(*parts: str) -> Callable[[], str]:
+    """A run's name from its parameters; a part that speaks of one that was not given is left out."""
+
+    def name() -> str:
+        given = {key: value for key, value in flow_run.parameters.items() if value is not None}
+        return " ".join(part.format(**given) for part in parts if _fields(part) <= given.keys())
+
+    return name
+
+
+def _fields(text: str) -> set[str]:
+    return {field for _, field, _, _ in Formatter().parse(text) if field}
+
+
+@lru_cache(maxsize=1)
+def store() -> Store:
+    """The store, with the credentials of the prefect-aws block where the settings name one."""
+    here = settings()
+    credentials = _credentials(here.s3_credentials_block) if here.s3_credentials_block else None
+    return open_store(here.store, endpoint_url=here.s3_endpoint_url, credentials=credentials)
+
+
+@lru_cache(maxsize=1)
+def journal() -> Journal:
+    """The release journal."""
+    return open_journal(settings().database)
+
+
+def work_folder() -> Path:
+    """A folder of this flow run's own; the same one when the run is retried."""
+    folder = settings().root / "work" / str(flow_run.id)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def project_folder(of: Source) -> Path:
+    """The project's checkout."""
+    return source.check_out(of, settings().root / "checkouts")
+
+
+def environment_python(environment: ModelEnvironment) -> Path:
+    """The interpreter of a model's environment, made now if it is not there."""
+    return environments.make(store(), environment, environments_folder())
+
+
+def environments_folder() -> Path:
+    return settings().root / "environments"
+
+
+def release_folder(release: Release) -> Path:
+    """The release on this machine's disk, every digest checked."""
+    return releases.materialise(store(), release, settings().root / "releases")
+
+
+def champion(project: Project) -> Release | None:
+    """The release that a challenger is compared with, if there is one and the project wants it."""
+    release_id = journal().champion(project.name)
+    if release_id is None or not project.config.compare_with_champion:
+        return None
+    return journal().release(release_id)
+
+
+def snapshot_file(dataset: Dataset) -> Path:
+    """The snapshot on this machine's disk."""
+    return snapshot.local(store(), dataset, settings().root / "snapshots")
+
+
+def report_url(uri: str) -> str:
+    """Where a person can open a report of the store."""
+    return f"{settings().storefront_url}/{store().key(uri)}"
+
+
+class Progress:
+    """A progress bar on the run's page, and a log line, for each line that a long step prints."""
+
+    def __init__(self, key: str, description: str, lines_expected: int) -> None:
+        self._artifact = cast(UUID, create_progress_artifact(0.0, key=key, description=description))
+        self._log = get_run_logger()
+        self._expected = lines_expected
+        self._seen = 0
+
+    def line(self, text: str) -> None:
+        self._log.info("%s", text)
+        self._seen += 1
+        # The last share belongs to `done`: a step that prints much must not look finished.
+        update_progress_artifact(self._artifact, progress=min(95.0, 100.0 * self._seen / self._expected))
+
+    def done(self) -> None:
+        update_progress_artifact(self._artifact, progress=100.0)
+
+
+def _credentials(block: str) -> StoreCredentials:
+    from prefect_aws import AwsCredentials
+
+    loaded = AwsCredentials.load(block)
+    secret = loaded.aws_secret_access_key
+    return StoreCredentials(
+        access_key_id=loaded.aws_access_key_id or "",
+        secret_access_key=secret.get_secret_value() if secret else "",
+        session_token=loaded.aws_session_token or "",
+        region=loaded.region_name or "",
+    )

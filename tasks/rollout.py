@@ -1,0 +1,88 @@
+"""From a release to the service that users call."""
+
+from __future__ import annotations
+
+from prefect import get_run_logger, task
+from prefect.artifacts import create_link_artifact
+
+from perennial import registry, releases, rollout
+from perennial.settings import settings
+from perennial.targets import ProcessTarget
+from perennial.values import (
+    Endpoint,
+    Environment,
+    ParityReport,
+    ProjectName,
+    Release,
+    ReleaseId,
+    Rollout,
+    slug,
+)
+from tasks import edge
+
+
+@task(**edge.REPEATABLE)
+def collect_release(project: ProjectName, environment: Environment, release_id: ReleaseId | None) -> Release:
+    """Find the release, see that it may enter, bring its files and its environment onto this machine."""
+    release = releases.find(edge.journal(), project, release_id)
+    rollout.admit(edge.journal(), release, environment)
+    edge.release_folder(release)
+    edge.environment_python(release.environment)
+    return release
+
+
+@task
+def start_candidate(release: Release, environment: Environment) -> Endpoint:
+    """Start the release beside the active one and wait until it is ready."""
+    here = settings()
+    endpoint = rollout.start(
+        here,
+        edge.journal(),
+        ProcessTarget(here),
+        release,
+        environment,
+        edge.release_folder(release),
+        edge.environment_python(release.environment),
+    )
+    get_run_logger().info("%s is ready on port %s", release.release_id, endpoint.port)
+    return endpoint
+
+
+@task
+def check_candidate(release: Release, environment: Environment, candidate: Endpoint) -> ParityReport:
+    """Golden rows, bit for bit, and a smoke test."""
+    report = rollout.prove(
+        edge.journal(),
+        ProcessTarget(settings()),
+        release,
+        environment,
+        candidate,
+        edge.release_folder(release),
+    )
+    get_run_logger().info("%s golden rows answered as trained, in %s s", report.rows, report.seconds)
+    return report
+
+
+@task(**edge.REPEATABLE)
+def switch_traffic(release: Release, environment: Environment, parity: ParityReport) -> Rollout:
+    """Write the promotion, then move all traffic to the release."""
+    assert parity.release_id == release.release_id
+    here = settings()
+    done = rollout.switch(here, edge.journal(), ProcessTarget(here), release, environment)
+    create_link_artifact(
+        key=f"service-{slug(release.project)}-{environment}",
+        link=f"{done.url}/metadata",
+        link_text=done.url,
+        description=f"{release.release_id} serves in {environment}",
+    )
+    return done
+
+
+@task(**edge.REPEATABLE)
+def retire_previous(done: Rollout) -> Rollout:
+    """Let the release that served before finish what it has, stop it, and name the new champion."""
+    stopped = rollout.retire(edge.journal(), ProcessTarget(settings()), done.project, done.environment)
+    get_run_logger().info("stopped %s", ", ".join(stopped) or "nothing: no other release ran")
+    if edge.journal().champion(done.project) == done.active:
+        registry.promote(settings().mlflow_url, done.project, done.active)
+    return done
