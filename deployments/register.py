@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from perennial import process
-from perennial.errors import ChildFailed, InstallationError
+from perennial.errors import ChildFailed, InstallationError, PerennialError
 from perennial.installation import REPOSITORY, prefect_environment, require_running
 from perennial.settings import settings
 
@@ -33,5 +33,13 @@ def register() -> None:
         ) from error
 
 
+def main() -> None:
+    """Register, or say in a few lines why not."""
+    try:
+        register()
+    except PerennialError as error:
+        sys.exit(f"✗ {error}")
+
+
 if __name__ == "__main__":
-    register()
+    main()

@@ -16,7 +16,7 @@ from perennial.config import METRICS, Project, ProjectConfig
 from perennial.errors import ReleaseError
 from perennial.evaluation import Booleans, Floats, Holdout, Integers
 from perennial.store import Store
-from perennial.values import Artifact, Dataset, Evaluation, ModelEnvironment, TrainedModel
+from perennial.values import Artifact, Dataset, Evaluation, ModelEnvironment, Release, TrainedModel
 from serving import contract
 
 if TYPE_CHECKING:
@@ -101,15 +101,24 @@ def champion_predictions(
 
 
 def evaluate(
-    config: ProjectConfig, holdout: Holdout, champion: str | None, theirs: Floats | None
+    config: ProjectConfig, holdout: Holdout, champion: Release | None, theirs: Floats | None
 ) -> Evaluation:
-    """Every metric of the task, or those that the project names."""
+    """Every metric of the task, or those that the project names; the champion's on rows new to it too."""
     metrics = config.metrics or METRICS[config.task]
-    return Evaluation(
-        metrics=evaluation.evaluate(holdout, metrics),
-        champion=champion,
-        champion_differences=evaluation.compare(holdout, theirs, metrics) if theirs is not None else (),
-    )
+    overall = evaluation.evaluate(holdout, metrics)
+    if champion is None or theirs is None:
+        return Evaluation(metrics=overall)
+    unseen = _unseen(holdout, champion, config)
+    differences = evaluation.compare(evaluation.restrict(holdout, unseen), theirs[unseen], metrics)
+    return Evaluation(metrics=overall, champion=champion.release_id, champion_differences=differences)
+
+
+def _unseen(holdout: Holdout, champion: Release, config: ProjectConfig) -> Booleans:
+    """The rows that the champion was not trained on: in a build for an earlier day, not all of them."""
+    start = champion.model.holdout_start
+    if config.time_column is None or start is None:
+        return np.ones(len(holdout.truth), dtype=bool)
+    return holdout.cluster >= np.datetime64(start.date(), "D").astype(np.int64)
 
 
 def keep_report(

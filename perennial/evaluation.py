@@ -58,6 +58,16 @@ def compare(holdout: Holdout, champion: Floats, metrics: Sequence[str]) -> tuple
     return tuple(differences)
 
 
+def restrict(holdout: Holdout, rows: Booleans) -> Holdout:
+    """The holdout with these rows only."""
+    return Holdout(
+        truth=holdout.truth[rows],
+        prediction=holdout.prediction[rows],
+        cluster=holdout.cluster[rows],
+        slices={name: mask[rows] for name, mask in holdout.slices.items()},
+    )
+
+
 def higher_is_better(metric: str) -> bool:
     return metric in {"roc_auc", "r2"}
 

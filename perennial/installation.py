@@ -8,12 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
 from perennial import leftovers, ports, router, supervision
 from perennial.errors import InstallationError
+from perennial.orphans import crash_orphans
 from perennial.probe import probe
 from perennial.process import scrubbed_environment, start_daemon
 from perennial.settings import Settings, object_store_environment
@@ -416,6 +418,9 @@ def _start(
                 if "prefect-server" in waiting:
                     continue
                 held_back.remove(part.name)
+                if processes[part.name].is_down:
+                    for run in crash_orphans(settings, before=datetime.now(UTC)):
+                        say(f"{run!r} was under way when the installation stopped: marked as crashed")
                 supervisor.start(part.name)
             elif _is_healthy(part, processes[part.name]):
                 del waiting[part.name]

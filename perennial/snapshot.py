@@ -14,6 +14,7 @@ from perennial.validation import column_type
 from perennial.values import Column, ColumnType, Dataset
 
 if TYPE_CHECKING:
+    import pandas as pd
     import pyarrow as pa
 
 
@@ -44,6 +45,20 @@ def read(parquet: Path) -> pa.Table:
     import pyarrow.parquet as pq
 
     return pq.read_table(parquet)
+
+
+def frame(parquet: Path) -> pd.DataFrame:
+    """The whole snapshot in pandas, moments in nanoseconds, as a model sees them, unless one does not fit."""
+    import pyarrow as pa
+
+    table = read(parquet)
+    whole: pd.DataFrame
+    try:
+        # With any other unit Great Expectations compares moments row by row, in Python.
+        whole = table.to_pandas(coerce_temporal_nanoseconds=True)
+    except pa.ArrowInvalid:
+        whole = table.to_pandas()
+    return whole
 
 
 def content_fingerprint(table: pa.Table) -> str:

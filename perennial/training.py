@@ -136,7 +136,7 @@ def run_tests(
         environment=_environment(project, PYTHONPATH=str(folder / "src")),
         timeout_seconds=project.config.limits.tests_seconds,
         log=log,
-        what="the project's tests",
+        what="the run of the project's tests",
         allowed_codes=(0, 1, 5),  # 1: a test failed, 5: none was collected
         on_line=on_line,
     )

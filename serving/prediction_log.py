@@ -220,7 +220,8 @@ class PredictionLog:
                 store = store or open_store(self.url)
                 store.put(object_key(self.spool, segment.path), segment.path)
             except Exception as error:  # whatever the store raises, the file stays and is tried again
-                logger.warning("cannot put %s into the store: %s", segment.path.name, error)
+                reason = str(error).partition("\n")[0]
+                logger.warning("cannot put %s into the store: %s", segment.path.name, reason)
                 self._pause(pause)
                 pause = min(pause * 2, LAST_RETRY_SECONDS)
                 continue
@@ -237,7 +238,7 @@ class PredictionLog:
         until = time.monotonic() + seconds
         while not self._closing and time.monotonic() < until and not self._abandon.wait(FLUSH_SECONDS):
             pass
-        self._abandon.wait(FLUSH_SECONDS)
+        self._abandon.wait(FIRST_RETRY_SECONDS)
 
 
 def adopt(spool: Path) -> Iterator[Segment]:
@@ -276,11 +277,8 @@ def open_store(url: str) -> Any:
 
     if url.startswith("file:"):
         return from_url(url, mkdir=True)
-    return from_url(
-        url,
-        client_options={"connect_timeout": "3s", "timeout": "30s"},
-        retry_config={"max_retries": 1},
-    )
+    # No client_options: with any given here, obstore no longer reads AWS_ALLOW_HTTP.
+    return from_url(url, retry_config={"max_retries": 1})
 
 
 def _write_all(descriptor: int, content: bytes) -> None:

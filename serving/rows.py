@@ -56,7 +56,7 @@ class RowChecker:
                     expected="an object",
                 )
             present = row.keys()
-            if present != self._required and not (self._required <= present and present <= self._allowed):
+            if present != self._required and not (self._required <= present <= self._allowed):
                 raise self._wrong_columns(index, row)
         columns = {column.name: self._checked(column, check, rows) for column, check in self._feature_checks}
         for column, check in self._key_checks:

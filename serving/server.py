@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         manifest, schema = read_manifest(options.release), read_schema(options.release)
         listener = _listen(options.host, options.port)
     except ContractError as error:
-        print(error, file=sys.stderr)
+        sys.stderr.write(f"{error}\n")
         return EXPLAINED_FAILURE
     log = PredictionLog(
         url=options.prediction_log,

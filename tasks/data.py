@@ -52,9 +52,7 @@ def validate_data(code: Source, project: Project, dataset: Dataset) -> validatio
             if released
             else []
         )
-    report = validation.validate(
-        snapshot.read(edge.snapshot_file(dataset)).to_pandas(), [*suite, *own], origin
-    )
+    report = validation.validate(snapshot.frame(edge.snapshot_file(dataset)), [*suite, *own], origin)
     summary = f"{dataset.rows:,} rows, {len(dataset.columns)} columns, known on {dataset.as_of}; {origin}"
     create_markdown_artifact(
         key=f"data-{slug(project.name)}",

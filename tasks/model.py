@@ -90,7 +90,7 @@ def evaluate_model(project: Project, dataset: Dataset, model: TrainedModel) -> E
             edge.snapshot_file(dataset),
             work,
         )
-    evaluation = assessment.evaluate(project.config, holdout, champion and champion.release_id, theirs)
+    evaluation = assessment.evaluate(project.config, holdout, champion, theirs)
     return assessment.keep_report(store, project, model, holdout, evaluation)
 
 

@@ -95,6 +95,16 @@ def test_a_project_may_lie_in_a_folder_of_its_repository(tmp_path: Path) -> None
     assert read_project(project.project).version == "0.2.0"
 
 
+def test_a_project_may_have_another_name_and_keeps_it(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "shop", name="corner-shop", fails_to_serve="raises")
+    assert check_project(project.project, "corner-shop", NEEDED_BY_SERVING).package == "corner_shop"
+    project.change()
+    assert check_project(project.project, "corner-shop", NEEDED_BY_SERVING).package == "corner_shop"
+    assert _run(project, "-c", "import corner_shop").returncode == 0
+    with pytest.raises(ValueError, match="keeps the folder and the name"):
+        project.change(name="toy")
+
+
 def test_the_healthy_project_keeps_the_contract(tmp_path: Path) -> None:
     project = check_project(make_project(tmp_path / "toy").project, "toy", NEEDED_BY_SERVING)
     assert project.package == "toy"

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import make_column_selector, make_column_transformer
 from sklearn.ensemble import (
@@ -102,7 +103,7 @@ ESTIMATORS = {
         tabular(OrdinalEncoder()), HistGradientBoostingClassifier(max_iter=5, random_state=0)
     ),
     "histogram regressor": make_pipeline(
-        tabular(OrdinalEncoder()), HistGradientBoostingRegressor(max_iter=5)
+        tabular(OrdinalEncoder()), HistGradientBoostingRegressor(max_iter=5, random_state=0)
     ),
     "forest": make_pipeline(
         tabular(TargetEncoder(random_state=0)), RandomForestClassifier(5, random_state=0)
@@ -110,7 +111,9 @@ ESTIMATORS = {
     "extra": make_pipeline(
         tabular(OrdinalEncoder()), ExtraTreesRegressor(5, random_state=np.random.RandomState(1))
     ),
-    "boosting": make_pipeline(tabular(OrdinalEncoder()), GradientBoostingClassifier(n_estimators=5)),
+    "boosting": make_pipeline(
+        tabular(OrdinalEncoder()), GradientBoostingClassifier(n_estimators=5, random_state=0)
+    ),
     "neighbours": make_pipeline(tabular(OrdinalEncoder()), KNeighborsClassifier()),
     "network": make_pipeline(tabular(OrdinalEncoder()), MLPClassifier((4,), max_iter=5, random_state=0)),
     "sgd": make_pipeline(tabular(OrdinalEncoder()), SGDClassifier(random_state=0)),
@@ -132,7 +135,7 @@ ESTIMATORS = {
 def test_usual_estimators_load_and_predict_the_same(holder: ModuleType, tmp_path: Path, name: str) -> None:
     rows, target = data()
     model = holder.Model()
-    model.estimator = ESTIMATORS[name].fit(rows, target)
+    model.estimator = clone(ESTIMATORS[name]).fit(rows, target)
     model.same_again = model.estimator
     model.words = {"b", "a", "c"}
     model.moods = {1: "one", 2: None}
@@ -142,8 +145,14 @@ def test_usual_estimators_load_and_predict_the_same(holder: ModuleType, tmp_path
     assert loaded.same_again is loaded.estimator
     assert (loaded.words, loaded.moods) == (model.words, model.moods)
 
-    save_model(loaded, tmp_path / "again")
-    assert (tmp_path / "again" / SKOPS_FILE).read_bytes() == (tmp_path / "model" / SKOPS_FILE).read_bytes()
+    again = holder.Model()
+    again.estimator = clone(ESTIMATORS[name]).fit(rows, target)
+    again.same_again = again.estimator
+    again.words = {"c", "a", "b"}
+    again.moods = {1: "one", 2: None}
+    save_model(again, tmp_path / "again")
+    same = (tmp_path / "again" / SKOPS_FILE).read_bytes() == (tmp_path / "model" / SKOPS_FILE).read_bytes()
+    assert same or name == "search"  # a search keeps how long each fit took
 
 
 def test_parts_of_the_projects_own_package_load(holder: ModuleType, tmp_path: Path) -> None:

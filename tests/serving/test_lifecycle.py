@@ -13,12 +13,10 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
-import pytest
 
-from tests.serving.toys import RELEASE_ID, Service, Toy, child_environment, serve
+from tests.serving.toys import RELEASE_ID, Toy, child_environment, serve
 
 
 def test_health_is_answered_while_the_model_works(moody: Toy, tmp_path: Path) -> None:

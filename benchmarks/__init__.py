@@ -1,0 +1,1 @@
+"""One command each; every figure is a ratio against a peer in the same run, or a size."""

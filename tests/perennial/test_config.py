@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+from perennial.config import Project, read_project
+from perennial.errors import ProjectError
+
+HEAD = '[project]\nname = "toy"\nversion = "1.0"\n'
+
+
+def read(folder: Path, section: str, head: str = HEAD) -> Project:
+    (folder / "pyproject.toml").write_text(head + section)
+    return read_project(folder)
+
+
+def test_a_minimal_project_gets_sensible_defaults(tmp_path: Path) -> None:
+    project = read(tmp_path, '[tool.perennial]\ntask = "binary"\ntarget = "y"\n')
+    assert (project.name, project.package) == ("toy", "toy")
+    assert project.config.holdout_days == 28
+    assert project.config.service.max_rows == 1000
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        (
+            'task = "binary"\ntarget = "y"\nholdout_dayz = 3\n',
+            ["'holdout_dayz'", "did you mean 'holdout_days'"],
+        ),
+        (
+            'task = "binary"\ntarget = "y"\n[tool.perennial.service]\nmax_row = 3\n',
+            ["'service.max_row'", "'max_rows'"],
+        ),
+        ('task = "binary"\n', ["no 'target'"]),
+        ('task = "clustering"\ntarget = "y"\n', ["task = 'clustering'", "'binary'"]),
+        ('task = "binary"\ntarget = "y"\nmetrics = ["auc"]\n', ["'auc'", "roc_auc"]),
+        (
+            'task = "binary"\ntarget = "y"\n[tool.perennial.gates]\nrmse = {max = 1}\n',
+            ["gates", "'rmse'", "roc_auc"],
+        ),
+        (
+            'task = "binary"\ntarget = "y"\n[tool.perennial.gates]\nroc_auc = {mim = 1}\n',
+            ["gates.roc_auc.mim", "'min'"],
+        ),
+        (
+            'task = "binary"\ntarget = "y"\n[tool.perennial.schedule]\ntimezone = "Mars"\n',
+            ["Mars", "Europe/Madrid"],
+        ),
+        ('task = "binary"\ntarget = "y"\nholdout_days = 0\n', ["holdout_days = 0"]),
+    ],
+)
+def test_a_mistake_is_named_with_what_is_expected(tmp_path: Path, section: str, says: list[str]) -> None:
+    with pytest.raises(ProjectError) as error:
+        read(tmp_path, "[tool.perennial]\n" + section)
+    for words in ["pyproject.toml", *says]:
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("head", "says"),
+    [
+        ("[project\n", "not TOML"),
+        ('[project]\nversion = "1"\n', "no project.name"),
+        ('[project]\nname = "toy"\n', "no project.version"),
+    ],
+)
+def test_a_broken_pyproject_is_an_explained_error(tmp_path: Path, head: str, says: str) -> None:
+    with pytest.raises(ProjectError, match=says):
+        read(tmp_path, '[tool.perennial]\ntask = "binary"\ntarget = "y"\n', head)
+
+
+def test_no_pyproject_and_no_section_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(ProjectError, match=r"no pyproject\.toml"):
+        read_project(tmp_path)
+    with pytest.raises(ProjectError, match=r"no \[tool.perennial\]"):
+        read(tmp_path, "")
+
+
+def test_a_replayed_year_keeps_month_and_day(tmp_path: Path) -> None:
+    config = read(
+        tmp_path,
+        '[tool.perennial]\ntask = "binary"\ntarget = "y"\n[tool.perennial.data]\nreplay_year = 2013\n',
+    ).config
+    assert config.as_of(date(2026, 11, 20)) == date(2013, 11, 20)
+    assert config.as_of(date(2028, 2, 29)) == date(2013, 2, 28)

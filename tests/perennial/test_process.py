@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from perennial import process
+from perennial.errors import ChildFailed
+
+
+def run(folder: Path, code: str, **options: object) -> int:
+    arguments = {"timeout_seconds": 20.0, "what": "the child", **options}
+    return process.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        environment=process.scrubbed_environment(),
+        log=folder / "child.log",
+        **arguments,  # type: ignore[arg-type]
+    )
+
+
+def test_output_goes_to_the_log_and_to_the_listener(tmp_path: Path) -> None:
+    heard: list[str] = []
+    assert run(tmp_path, "print('one'); import sys; print('two', file=sys.stderr)", on_line=heard.append) == 0
+    assert sorted(heard) == ["one", "two"]
+    assert "one\n" in (tmp_path / "child.log").read_text()
+
+
+def test_environment_is_scrubbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PERENNIAL_DATABASE_URL", "PREFECT_API_AUTH_STRING", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "hush")
+    heard: list[str] = []
+    run(tmp_path, "import os; print([n for n, v in os.environ.items() if v == 'hush'])", on_line=heard.append)
+    assert heard == ["[]"]
+
+
+def test_a_child_that_fails_is_shown_with_its_last_words(tmp_path: Path) -> None:
+    with pytest.raises(ChildFailed, match=r"the child exited with code 1(?s:.*)ValueError: no such luck"):
+        run(tmp_path, "raise ValueError('no such luck')")
+
+
+def test_a_hanging_child_is_killed_with_all_its_descendants(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys, time\n"
+        "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print(p.pid, flush=True); time.sleep(60)"
+    )
+    heard: list[str] = []
+    began = time.monotonic()
+    with pytest.raises(ChildFailed, match="stopped after") as error:
+        run(tmp_path, code, timeout_seconds=1.5, on_line=heard.append)
+    assert time.monotonic() - began < 15
+    assert "within 2 s" in str(error.value)
+    assert _gone(int(heard[0]))
+
+
+def test_a_killed_child_is_called_killed(tmp_path: Path) -> None:
+    with pytest.raises(ChildFailed, match="killed by SIGKILL"):
+        run(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+
+
+def test_a_child_does_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> None:
+    parent = (
+        "import sys\nfrom pathlib import Path\nfrom perennial import process\n"
+        "code = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
+        "process.run([sys.executable, '-c', code],\n"
+        f"  cwd=Path('.'), environment=process.scrubbed_environment(), timeout_seconds=60,\n"
+        f"  log=Path({str(tmp_path / 'log')!r}), what='x', on_line=lambda line: print(line, flush=True))"
+    )
+    started = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    assert started.stdout is not None
+    child = int(started.stdout.readline())
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    started.stdout.close()
+    assert _gone(child)
+
+
+def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ChildFailed, match="no-such-program"):
+        process.capture(["no-such-program"], cwd=tmp_path, environment={}, timeout_seconds=5)
+
+
+def _gone(pid: int) -> bool:
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        if Path(f"/proc/{pid}/stat").exists() and " Z " in Path(f"/proc/{pid}/stat").read_text():
+            return True
+        time.sleep(0.05)
+    return False
