@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perennial.errors import InstallationError
+from perennial.imports import deferred
 from perennial.values import Release, Value
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ def _client(mlflow_url: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from mlflow import MlflowClient
+    with deferred("mlflow.genai"):  # judges and scorers of language models
+        from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     client = MlflowClient(tracking_uri=mlflow_url, registry_uri=mlflow_url)

@@ -23,6 +23,7 @@ from perennial.targets import Instance, Target
 from perennial.values import ENVIRONMENTS, Endpoint, Environment, ParityReport, Release, Rollout
 from serving import contract
 
+CHECK_REQUEST_ID = "perennial-check"  # tells our own requests from users' in the prediction log
 _PREDICT_TIMEOUT_SECONDS = 30.0
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a local service, whatever the proxy
 
@@ -240,7 +241,7 @@ def _get(url: str) -> tuple[int, Any]:
 
 def _post(url: str, body: object) -> tuple[int, Any]:
     data = json.dumps(body).encode()
-    headers = {"content-type": "application/json"}
+    headers = {"content-type": "application/json", "x-request-id": CHECK_REQUEST_ID}
     return _send(urllib.request.Request(url, data=data, headers=headers))  # noqa: S310
 
 

@@ -151,7 +151,7 @@ class ProcessTarget:
 
     def stop(self, name: str, drain_seconds: float = 30.0) -> None:
         self._supervisor.stop(name)
-        deadline = time.monotonic() + drain_seconds + _KILL_MARGIN_SECONDS
+        deadline = time.monotonic() + 2 * drain_seconds + _KILL_MARGIN_SECONDS
         while (process := self._supervisor.process(name)) is not None and not process.is_down:
             if time.monotonic() > deadline:
                 self._supervisor.kill(name)
@@ -236,7 +236,8 @@ class ProcessTarget:
             "startsecs": "1",
             "startretries": "2",
             "stopsignal": "TERM",
-            "stopwaitsecs": str(int(instance.drain_seconds + _KILL_MARGIN_SECONDS) + 1),
+            # The server drains its requests, then its prediction log, each for that long at most.
+            "stopwaitsecs": str(int(2 * instance.drain_seconds + _KILL_MARGIN_SECONDS) + 1),
             "killasgroup": "true",
             "redirect_stderr": "true",
             "stdout_logfile": str(self._log(instance.name)).replace("%", "%%"),

@@ -16,6 +16,7 @@ from perennial.errors import ChildFailed, DataError, ProjectError
 from serving import contract
 
 OnLine = Callable[[str], None]
+_GOLDEN_ROWS = 50
 
 
 def load_data(
@@ -73,7 +74,7 @@ def train(
         features=features,
         carry=config.slices,
         seed=config.seed,
-        golden_rows=50,
+        golden_rows=min(_GOLDEN_ROWS, config.service.max_rows),  # they are sent in one request
         output=str(output),
         result_path=str(work / "train.result.json"),
     )

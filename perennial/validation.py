@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from perennial.config import ProjectConfig
 from perennial.errors import DataError, ProjectError
+from perennial.imports import deferred
 from perennial.values import ColumnType, JsonObject, Value
 
 if TYPE_CHECKING:
@@ -176,9 +177,10 @@ def inferred_suite(released: pa.Table) -> list[Expectation]:
 def validate(frame: pd.DataFrame, suite: Sequence[Expectation], origin: str) -> DataReport:
     """Run a suite over a frame. An expectation that cannot run is a failed one."""
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")  # before the import, which reads it
-    import great_expectations as gx
-    from great_expectations.core.result_format import ResultFormat
-    from great_expectations.data_context.types.base import ProgressBarsConfig
+    with deferred("altair", "boto3", "scipy.stats"):  # for charts, buckets and its rarer expectations
+        import great_expectations as gx
+        from great_expectations.core.result_format import ResultFormat
+        from great_expectations.data_context.types.base import ProgressBarsConfig
 
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = ProgressBarsConfig(globally=False)
@@ -279,8 +281,9 @@ def _sentence(kind: str, kwargs: JsonObject) -> str:
 def _implementation(line: Expectation) -> Any:
     from great_expectations import expectations
 
-    name = "".join(part.title() for part in line.type.split("_"))
-    if not hasattr(expectations, name):
+    classes = {name.lower(): name for name in vars(expectations)}  # ExpectColumnKLDivergenceToBeLessThan
+    name = classes.get(line.type.replace("_", ""))
+    if name is None:
         raise AttributeError(f"there is no {line.type}")
     return getattr(expectations, name)
 

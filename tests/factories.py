@@ -67,6 +67,7 @@ class Options(TypedDict, total=False):
     failing_test: bool
     training_raises: bool
     training_hangs: bool  # for an hour; the limit is train_seconds = 5
+    training_waits_for: Path  # until this file is there
     training_killed_once: Path  # by SIGKILL, unless this file is there; it is made before the kill
 
     # How good the model is
@@ -243,6 +244,12 @@ def _edits(option: str, value: object) -> list[tuple[str, str, str]]:
             return [
                 _before_fit("__import__('time').sleep(3600)"),
                 (CONFIG, "train_seconds = 60", "train_seconds = 5"),
+                _UNTESTED,
+            ]
+        case "training_waits_for":
+            return [
+                _imported("import time", "from pathlib import Path"),
+                _before_fit(f"while not Path({str(value)!r}).exists():", "    time.sleep(0.1)"),
                 _UNTESTED,
             ]
         case "training_killed_once":

@@ -220,6 +220,13 @@ def test_training_is_killed_the_first_time_and_ends_the_second(tmp_path: Path) -
     assert second.returncode == 0, second.stderr
 
 
+def test_training_waits_for_a_file(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "toy", training_waits_for=tmp_path / "go")
+    assert f"while not Path('{tmp_path / 'go'}').exists()" in project.read(MODEL)
+    (tmp_path / "go").touch()
+    assert _auc(_trained(project)) > 0.75
+
+
 def test_a_project_fails_only_in_a_service_process(tmp_path: Path) -> None:
     project = make_project(tmp_path / "toy", fails_to_serve="raises")
     assert _run(project, "-c", "import toy").returncode == 0

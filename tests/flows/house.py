@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +52,8 @@ BUILD_STEPS = (
 )
 DEPLOY_STEPS = ("collect_release", "start_candidate", "check_candidate", "switch_traffic", "retire_previous")
 
+ROW = {"amount": 41.5, "age": 33, "colour": "red", "member": True}
+
 T = TypeVar("T")
 
 
@@ -87,6 +90,24 @@ class Ended:
         expected = set(order[: order.index(last) + 1])
         assert set(self.steps) == expected, f"{self.steps}, expected {expected}"
         assert self.steps[last] != "Completed", self.steps
+        return True
+
+
+@dataclass
+class Load:
+    """What came of a load that was held on a service."""
+
+    outcome: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float:
+        """Requests per second that were answered or failed."""
+        return float(self.outcome["requests"] / self.outcome["seconds"])
+
+    def all_answered_by(self, *releases: str) -> bool:
+        """No request failed, and every one of these releases answered, and no other."""
+        assert self.outcome["failures"] == [], self.outcome
+        assert set(self.outcome["releases"]) == set(releases), self.outcome
         return True
 
 
@@ -183,6 +204,41 @@ class House:
         with SyncPrefectClient(f"{self.settings.prefect_url}/api") as client:
             yield client
 
+    def url(self, project: str, environment: str = "test") -> str:
+        """Where users of the service call it."""
+        return f"{self.settings.router_url(environment)}/{project}"
+
+    def ask(self, project: str, environment: str = "test") -> dict[str, Any]:
+        """One prediction, through the router."""
+        request = urllib.request.Request(
+            f"{self.url(project, environment)}/predict",
+            data=json.dumps({"rows": [ROW]}).encode(),
+            headers={"content-type": "application/json"},
+        )
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20) as answer:
+            found: dict[str, Any] = json.loads(answer.read())
+        return found
+
+    @contextmanager
+    def load(self, project: str, rate: float) -> Iterator[Load]:
+        """Hold a load on the service, in a process of its own; the outcome is there when the block ends."""
+        load = Load()
+        body = self.settings.root / "work" / "load.json"
+        body.parent.mkdir(exist_ok=True)
+        body.write_text(json.dumps({"rows": [ROW]}))
+        with subprocess.Popen(
+            [sys.executable, "-m", "tests.flows.load", f"{self.url(project)}/predict", str(body), str(rate)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stdin is not None and process.stdout is not None
+            assert process.stdout.readline() == "started\n"
+            yield load
+            process.stdin.close()
+            load.outcome = json.loads(process.stdout.read())
+
     def artifact(self, key: str) -> str:
         """The newest artifact of a key, as text."""
         from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
@@ -198,6 +254,14 @@ class House:
         """What a browser would get."""
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=20) as answer:
             return str(answer.read().decode())
+
+    def status(self, project: str) -> dict[str, tuple[int, int]]:
+        """release id → process id and port, of each process of the service"""
+        return {
+            running.endpoint.release_id: (running.pid, running.endpoint.port)
+            for running in ProcessTarget(self.settings).instances()
+            if running.project == project
+        }
 
     def instances(self, project: str) -> dict[str, str]:
         """release id → state, of each process of the service that supervisord knows of"""

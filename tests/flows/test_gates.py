@@ -11,10 +11,10 @@ JUDGED = set(BUILD_STEPS[: BUILD_STEPS.index("check_gates") + 1]) | {"write_rele
 def test_a_model_below_its_gate_is_rejected_by_name_and_can_not_be_deployed(
     house: House, enabled: MakeProject
 ) -> None:
-    enabled("random", random_predictions=True)
-    run = house.build("random")
+    enabled("coin-toss", random_predictions=True)
+    run = house.build("coin-toss")
     assert (run.kind, run.name) == ("FAILED", "Rejected")
-    (release,) = house.journal.releases("random")
+    (release,) = house.journal.releases("coin-toss")
     (gate,) = release.gates.gates
     assert gate.measured is not None and 0.4 < gate.measured < 0.6
     assert run.explains(
@@ -22,25 +22,25 @@ def test_a_model_below_its_gate_is_rejected_by_name_and_can_not_be_deployed(
     )
     assert set(run.steps) == JUDGED
     assert release.status == "rejected" and release.package is None
-    assert house.published_no_package("random")
-    table = house.artifact("gates-random")
+    assert house.published_no_package("coin-toss")
+    table = house.artifact("gates-coin-toss")
     assert "roc_auc at least 0.55" in table and "fail" in table
 
-    refused = house.deploy("random", release.release_id)
+    refused = house.deploy("coin-toss", release.release_id)
     assert (refused.kind, refused.name) == ("FAILED", "Failed")
     assert refused.explains(f"{release.release_id} was rejected by", "roc_auc at least 0.55", "0.55")
     assert refused.stopped_in("collect_release")
-    newest = house.deploy("random")
-    assert newest.explains("random has no accepted release", release.release_id, "build/random")
-    assert house.journal.active("random", "test") is None
-    assert house.instances("random") == {}
+    newest = house.deploy("coin-toss")
+    assert newest.explains("coin-toss has no accepted release", release.release_id, "build/coin-toss")
+    assert house.journal.active("coin-toss", "test") is None
+    assert house.instances("coin-toss") == {}
 
 
 def test_a_rejected_release_stays_rejected_when_it_is_built_again(house: House, enabled: MakeProject) -> None:
-    enabled("still-random", random_predictions=True)
-    first, second = house.build("still-random"), house.build("still-random")
+    enabled("coin-again", random_predictions=True)
+    first, second = house.build("coin-again"), house.build("coin-again")
     assert (second.name, second.message) == ("Rejected", first.message)
-    assert len(house.journal.releases("still-random")) == 1
+    assert len(house.journal.releases("coin-again")) == 1
 
 
 def test_a_challenger_that_is_worse_than_the_champion_is_rejected_by_the_champion_s_gate(

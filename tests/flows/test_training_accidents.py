@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.factories import MODEL, ProjectRepository
+from tests.factories import ProjectRepository
 from tests.flows.conftest import MakeProject
 from tests.flows.house import AS_OF, BUILD_STEPS, House, kill, processes, until
 
@@ -72,15 +72,10 @@ def test_a_run_whose_training_was_killed_is_retried_from_that_step(
 def test_a_build_whose_own_process_was_killed_crashes_and_a_retry_ends_in_the_same_release(
     house: House, enabled: MakeProject, registered: None, tmp_path: Path
 ) -> None:
-    project = enabled("crashed")
     calls, may_train = tmp_path / "calls", tmp_path / "may-train"
+    project = enabled("crashed", training_waits_for=may_train)
     _counts_loads(project, calls)
-    fit = "        self.pipeline.fit("
-    model = MODEL.replace("toy", "crashed")
-    wait = f"        import os, time\n        while not os.path.exists({str(may_train)!r}):\n            time.sleep(0.1)\n"
-    text = project.read(model).replace(fit, wait + fit)
     may_train.touch()
-    project.commit("wait", {model: text})
     undisturbed = house.build("crashed")
     assert undisturbed.kind == "COMPLETED", undisturbed.message
     may_train.unlink()
