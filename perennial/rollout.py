@@ -51,8 +51,12 @@ def start(
     environment: Environment,
     folder: Path,
     python: Path,
+    variables: dict[str, str],
 ) -> Endpoint:
-    """Start a candidate, return when it is ready. One that fails is withdrawn; the active one serves."""
+    """Start a candidate, return when it is ready. One that fails is withdrawn; the active one serves.
+
+    `variables`: what its process needs in its environment to reach the store.
+    """
     if journal.active(release.project, environment) != release.release_id:
         journal.decide(
             project=release.project, environment=environment, kind="candidate", release_id=release.release_id
@@ -66,6 +70,7 @@ def start(
         prediction_log=settings.store,
         spool=settings.root / "spool" / environment / release.project,
         drain_seconds=release.service.drain_seconds,
+        variables=variables,
     )
     try:
         endpoint = target.start(instance)

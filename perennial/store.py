@@ -57,6 +57,16 @@ class StoreCredentials:
     session_token: str = field(default="", repr=False)
     region: str = ""
 
+    def as_environment(self) -> dict[str, str]:
+        """The same identity in the variables that the AWS libraries read."""
+        variables = {
+            "AWS_ACCESS_KEY_ID": self.access_key_id,
+            "AWS_SECRET_ACCESS_KEY": self.secret_access_key,
+            "AWS_SESSION_TOKEN": self.session_token,
+            "AWS_REGION": self.region,
+        }
+        return {name: value for name, value in variables.items() if value}
+
 
 class Store:
     """One folder of objects, wherever it is."""

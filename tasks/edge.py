@@ -23,7 +23,7 @@ from perennial import environments, releases, snapshot, source
 from perennial.config import Project
 from perennial.errors import PerennialError
 from perennial.journal import Journal, open_journal
-from perennial.settings import settings
+from perennial.settings import object_store_environment, settings
 from perennial.store import Store, StoreCredentials, open_store
 from perennial.values import Dataset, ModelEnvironment, Release, Source
 
@@ -109,6 +109,20 @@ def store() -> Store:
     here = settings()
     credentials = _credentials(here.s3_credentials_block) if here.s3_credentials_block else None
     return open_store(here.store, endpoint_url=here.s3_endpoint_url, credentials=credentials)
+
+
+def store_environment() -> dict[str, str]:
+    """What a service, which knows nothing of blocks, needs in its environment to write to the store."""
+    here = settings()
+    if not here.store.startswith("s3:"):
+        return {}
+    variables = object_store_environment()
+    if here.s3_credentials_block:
+        variables |= _credentials(here.s3_credentials_block).as_environment()
+    if here.s3_endpoint_url:
+        plain = str(here.s3_endpoint_url.startswith("http:")).lower()
+        variables |= {"AWS_ENDPOINT_URL": here.s3_endpoint_url, "AWS_ALLOW_HTTP": plain}
+    return variables
 
 
 @lru_cache(maxsize=1)

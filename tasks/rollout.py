@@ -43,6 +43,7 @@ def start_candidate(release: Release, environment: Environment) -> Endpoint:
         environment,
         edge.release_folder(release),
         edge.environment_python(release.environment),
+        edge.store_environment(),
     )
     get_run_logger().info("%s is ready on port %s", release.release_id, endpoint.port)
     return endpoint
