@@ -173,6 +173,7 @@ def main() -> None:
     arguments.add_argument("--pairs", type=int, default=3)
     arguments.add_argument("--as-of", type=date.fromisoformat, default=date(2013, 7, 1))
     chosen = arguments.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)
     with tempfile.TemporaryDirectory(prefix="perennial-bench-") as home:
         os.environ |= _own_settings(Path(home))
         here = settings()

@@ -29,7 +29,7 @@ def retrain(
         return Completed(name="AlreadyRetrained", message=day.reason)
     built = build(project, ref=day.git_sha, as_of=day.as_of, return_state=True)
     if not built.is_completed():
-        return built
+        return edge.same_end(built)
     release = built.result()
     rollout = deploy(project, environment, release.release_id)
     finish_day(day, release)

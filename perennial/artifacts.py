@@ -1,21 +1,25 @@
 """Files and folders in the store, named by their content and never believed without their digest.
 
 The last part of a key is kept and the digest put before it (`reports/flights/tests.xml` becomes
-`reports/flights/3f2a…/tests.xml`), so writing twice is harmless and nothing that a release
-names is overwritten. The URI of a folder ends in a slash.
+`reports/flights/3f2a…/tests.xml`), so nothing that a release names is overwritten by anything else.
+Writing twice is harmless, and repairs what was damaged in between. The URI of a folder ends in a slash.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 from perennial.errors import ReleaseError
-from perennial.store import Store
+from perennial.store import Store, checked
 from perennial.values import Artifact
 
 DIGEST_CHARACTERS = 16
@@ -25,20 +29,22 @@ def put_file(store: Store, key: str, path: Path) -> Artifact:
     """Write a file to the folder of `key`, under its digest."""
     sha256 = file_sha256(path)
     artifact = Artifact(uri=store.uri(_addressed(key, sha256)), sha256=sha256, bytes=path.stat().st_size)
-    _put(store, store.key(artifact.uri), path)
+    store.put_file(store.key(artifact.uri), path)
     return artifact
 
 
 def put_directory(store: Store, prefix: str, directory: Path) -> Artifact:
     """Write a folder's files, with their folders, below `prefix` under the digest of all of them.
 
-    Raises ReleaseError for a folder without a file, or with a link in it.
+    Raises ReleaseError for a folder without a file, with a link in it, or with a name that is no key.
     """
     digests = _digests(directory)
     sha256 = _digest(digests)
     key = _addressed(prefix, sha256)
     for name in digests:
-        _put(store, f"{key}/{name}", directory / name)
+        _check_name(directory, name)
+    for name in digests:
+        store.put_file(f"{key}/{name}", directory / name)
     size = sum((directory / name).stat().st_size for name in digests)
     return Artifact(uri=f"{store.uri(key)}/", sha256=sha256, bytes=size)
 
@@ -52,10 +58,10 @@ def fetch(store: Store, artifact: Artifact, destination: Path) -> Path:
     """
     if _holds(destination, artifact):
         return destination
-    if destination.is_dir():
+    if destination.is_dir() or (destination.exists() and artifact.uri.endswith("/")):
         raise ReleaseError(
             f"{destination} already holds something else than {artifact.uri}",
-            expected="a folder that does not exist yet",
+            expected="a path where nothing is yet",
             next_command=f"mv {destination} {destination}.old",
         )
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -83,9 +89,11 @@ def open_local(store: Store, artifact: Artifact, cache: Path) -> Path:
         return path
     copy = cache / artifact.sha256 / key.rpartition("/")[2]
     if copy.is_dir() and not _holds(copy, artifact):
-        damaged = copy.with_name(f".damaged-{uuid4().hex}")
-        copy.rename(damaged)
-        shutil.rmtree(damaged)
+        with alone_in(copy.parent):
+            if copy.is_dir() and not _holds(copy, artifact):  # nobody has repaired it since
+                damaged = copy.with_name(f".damaged-{uuid4().hex}")
+                copy.rename(damaged)
+                shutil.rmtree(damaged)
     return fetch(store, artifact, copy)
 
 
@@ -103,18 +111,27 @@ def directory_sha256(directory: Path) -> str:
     return _digest(_digests(directory))
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Of all processes and threads that ask for this folder, one at a time. Ends with its process."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _addressed(key: str, sha256: str) -> str:
     folder, _, name = key.rstrip("/").rpartition("/")
     return "/".join(part for part in (folder, sha256[:DIGEST_CHARACTERS], name) if part)
 
 
-def _put(store: Store, key: str, path: Path) -> None:
+def _check_name(directory: Path, name: str) -> None:
     try:
-        if store.size(key) == path.stat().st_size:
-            return
-    except FileNotFoundError:
-        pass
-    store.put_file(key, path)
+        checked(name)
+    except ValueError as error:
+        raise ReleaseError(f"{directory} holds a file that the store cannot hold: {error}") from None
 
 
 def _download(store: Store, artifact: Artifact, path: Path) -> None:

@@ -140,10 +140,10 @@ def keep_report(
 
 
 def plot_names(store: Store, found: Evaluation) -> list[str]:
-    """The plots that the evaluation's report holds."""
+    """The plots that the evaluation's report holds, the whole before the slices."""
     assert found.report is not None
     names = [PurePosixPath(key) for key in store.list(store.key(found.report.uri))]
-    return [name.stem for name in names if name.suffix == ".png"]
+    return sorted((n.stem for n in names if n.suffix == ".png"), key=reports.PLOTS.index)
 
 
 def _clusters(table: pa.Table, config: ProjectConfig) -> Integers:

@@ -69,7 +69,7 @@ def publish(store: Store, wheel_path: Path) -> Package:
     """
     data = wheel_path.read_bytes()
     name, version = _identity(wheel_path.name)
-    file = _describe(wheel_path.name, name, data)
+    file = _describe(wheel_path.name, data)
     sha256 = file["hashes"]["sha256"]
     key = f"packages/{name}/{wheel_path.name}"
     if not store.create(key, data):
@@ -91,10 +91,14 @@ def publish(store: Store, wheel_path: Path) -> Package:
 
 
 def find(store: Store, name: str, version: str) -> Package | None:
-    """The published wheel of exactly this version, if there is one."""
-    for filename in _wheels(store, name):
+    """The published wheel of exactly this version, if there is one.
+
+    By the page, which is written last: what a killed publisher left is not published until it tries again.
+    """
+    name = canonicalize_name(name)
+    for filename, file in _known(store, name).items():
         if _identity(filename) == (name, version):
-            sha256 = hashlib.sha256(store.get(f"packages/{name}/{filename}")).hexdigest()
+            sha256 = file["hashes"]["sha256"]
             return Package(
                 name=name, version=version, sha256=sha256, filename=filename, index=_index_uri(store)
             )
@@ -132,7 +136,8 @@ def _identity(filename: str) -> tuple[str, str]:
     return str(name), str(version)
 
 
-def _describe(filename: str, name: str, data: bytes) -> File:
+def _describe(filename: str, data: bytes) -> File:
+    name, version = _identity(filename)
     try:
         with zipfile.ZipFile(BytesIO(data)) as wheel:
             names = [n for n in wheel.namelist() if n.endswith(".dist-info/METADATA") and n.count("/") == 1]
@@ -141,6 +146,8 @@ def _describe(filename: str, name: str, data: bytes) -> File:
         raise ReleaseError(f"{filename} holds no METADATA", expected="a wheel that a build made") from None
     if canonicalize_name(str(metadata["Name"])) != name:
         raise ReleaseError(f"{filename} holds the package {metadata['Name']}", expected=f"the package {name}")
+    if not _same_version(str(metadata["Version"]), version):
+        raise ReleaseError(f"{filename} holds {name} {metadata['Version']}", expected=f"{name} {version}")
     file: File = {
         "filename": filename,
         "url": f"../../packages/{name}/{quote(filename)}",
@@ -152,22 +159,29 @@ def _describe(filename: str, name: str, data: bytes) -> File:
     return file
 
 
+def _same_version(one: str, other: str) -> bool:
+    try:
+        return Version(one) == Version(other)
+    except InvalidVersion:
+        return False
+
+
 def _write_pages(store: Store, name: str, published: File) -> None:
-    """Write the pages until the listing they were made from is still the listing."""
-    known = {published["filename"]: published} | _known(store, name)
-    while True:
-        filenames = _wheels(store, name)
-        for filename in set(filenames) - set(known):
-            known[filename] = _describe(filename, name, store.get(f"packages/{name}/{filename}"))
-        files = [known[filename] for filename in filenames]
-        store.put_bytes(f"simple/{name}/index.json", _json_page(name, files))
-        store.put_bytes(f"simple/{name}/index.html", _project_page(name, files))
-        if _wheels(store, name) == filenames:
-            break
+    """Write the pages until the listing they were made from is still the listing; the project's JSON last."""
     while True:
         names = store.list_folders("packages")
         store.put_bytes("simple/index.html", _root_page(names))
         if store.list_folders("packages") == names:
+            break
+    known = {published["filename"]: published} | _known(store, name)
+    while True:
+        filenames = _wheels(store, name)
+        for filename in set(filenames) - set(known):
+            known[filename] = _describe(filename, store.get(f"packages/{name}/{filename}"))
+        files = [known[filename] for filename in filenames]
+        store.put_bytes(f"simple/{name}/index.html", _project_page(name, files))
+        store.put_bytes(f"simple/{name}/index.json", _json_page(name, files))
+        if _wheels(store, name) == filenames:
             break
 
 

@@ -198,7 +198,7 @@ def _parts(settings: Settings) -> dict[str, Part]:
 def _check_layout(root: Path) -> None:
     version = root / "version"
     if not version.exists():
-        if any((root / name).exists() for name in ("perennial.db", "mlflow.db")):
+        if (root / "mlflow.db").exists():  # not the journal: reading the status makes one before any `up`
             raise _other_layout(root, "an unknown version")
         version.write_text(f"{LAYOUT_VERSION}\n")
     elif (found := version.read_text().strip()) != str(LAYOUT_VERSION):
@@ -259,11 +259,12 @@ def _supervisor_names(settings: Settings) -> dict[str, object]:
         settings.prefect_database_url or f"sqlite+aiosqlite:///{root / 'prefect' / 'prefect.db'}"
     )
     names: dict[str, object] = {
-        "socket": supervision.socket_path(settings),
-        "root": root,
-        "run": root / "run",
-        "logs": root / "logs",
-        "repository": REPOSITORY,
+        "socket": supervision.literal(supervision.socket_path(settings)),
+        "root": supervision.literal(root),
+        "run": supervision.literal(root / "run"),
+        "logs": supervision.literal(root / "logs"),
+        "program_logs": supervision.log_path(root / "logs"),
+        "repository": supervision.literal(REPOSITORY),
     }
     commands = {
         # Files are watched and there is one Envoy: nothing to hand over on a hot restart.
@@ -378,6 +379,7 @@ def _start_supervisor(settings: Settings, supervisor: Supervisor) -> None:
     deadline = time.monotonic() + _SUPERVISOR_SECONDS
     while not supervisor.is_running():
         if time.monotonic() > deadline or not leftovers.is_alive(pid):
+            leftovers.end([pid])
             raise InstallationError(
                 f"supervisord did not start. Its last lines:\n{supervision.tail(log)}",
                 "it to answer on its socket",
@@ -387,9 +389,12 @@ def _start_supervisor(settings: Settings, supervisor: Supervisor) -> None:
 
 
 def _reload(supervisor: Supervisor) -> None:
-    """Bring parts whose configuration has changed to the new one: stopped, to be started with the others."""
-    added, changed, _ = supervisor.reread()
-    _stop(supervisor, [name for name in changed if name in PARTS])
+    """Bring parts whose configuration has changed to the new one: stopped, to be started with the others.
+
+    Services are their target's business: one whose file a killed deployment left changed may be serving.
+    """
+    added, changed = ([name for name in names if name in PARTS] for names in supervisor.reread()[:2])
+    _stop(supervisor, changed)
     for name in (*added, *changed):
         if name in changed:
             supervisor.remove(name)
@@ -424,7 +429,7 @@ def _start(
                 supervisor.start(part.name)
             elif _is_healthy(part, processes[part.name]):
                 del waiting[part.name]
-                reused = before[part.name].state == "RUNNING"
+                reused = processes[part.name].pid == before[part.name].pid
                 took = "already running" if reused else f"ready after {time.monotonic() - started:4.1f} s"
                 say(f"{part.name:<{width}}  {took:<17}  {part.url}")
             else:

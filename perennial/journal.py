@@ -82,7 +82,7 @@ BEGIN SELECT RAISE(ABORT, '%(table)s is append-only'); END"""
 
 POSTGRES_REFUSE = """
 CREATE OR REPLACE FUNCTION perennial_append_only() RETURNS trigger LANGUAGE plpgsql AS
-$$ BEGIN RAISE EXCEPTION '% is append-only', TG_TABLE_NAME; END $$"""
+$$ BEGIN RAISE EXCEPTION USING MESSAGE = TG_TABLE_NAME || ' is append-only'; END $$"""
 
 POSTGRES_APPEND_ONLY = """
 CREATE TRIGGER %(table)s_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON %(table)s

@@ -47,7 +47,12 @@ def descendants(pid: int) -> list[int]:
 
 def marked(root: Path) -> list[int]:
     """All living processes that carry this installation's mark. Empty where /proc is missing."""
-    wanted = f"{MARK}={root}".encode()
+    return having(MARK, str(root))
+
+
+def having(variable: str, value: str) -> list[int]:
+    """All living processes but this one that were started with this environment variable."""
+    wanted = f"{variable}={value}".encode()
     found = []
     for environment in Path("/proc").glob("[0-9]*/environ"):
         try:

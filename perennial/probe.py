@@ -4,12 +4,36 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
+import struct
 import urllib.error
 import urllib.request
 from typing import Any, NamedTuple
 
+
+class _Connection(http.client.HTTPConnection):
+    """Refuses to talk to itself.
+
+    A connection to a port of the ephemeral range that nobody listens on yet may be given that very port as
+    its own, and TCP then connects it to itself: the server that was about to listen finds its port taken.
+    """
+
+    def connect(self) -> None:
+        super().connect()
+        if self.sock.getsockname() == self.sock.getpeername():
+            # Reset rather than close, which would keep the port for another minute.
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close()
+            raise ConnectionRefusedError("nobody listens")
+
+
+class _Handler(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Connection, request)
+
+
 # The parts are on this machine or beside it; a proxy of the user's environment must not stand between.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Handler)
 
 
 class Answer(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import stat
 import zipfile
 from datetime import UTC, datetime
@@ -154,8 +153,9 @@ def materialise(store: Store, release: Release, root: Path) -> Path:
             ),
         )
         (new / contract.MANIFEST_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
-        if not _same(new, directory):
-            _replace(directory, new, Path(temporary) / "old")
+        with artifacts.alone_in(root):
+            if not _same(new, directory):
+                _replace(directory, new, Path(temporary) / "old")
     return directory
 
 
@@ -194,13 +194,14 @@ def _fill(store: Store, release: Release, package: Package, directory: Path) -> 
     artifacts.fetch(store, release.model.artifact, directory / contract.MODEL_DIRECTORY)
     artifacts.fetch(store, release.model.input_schema, directory / contract.SCHEMA_FILE)
     artifacts.fetch(store, release.model.golden, directory / contract.GOLDEN_FILE)
-    wheel = directory / "package.whl"
+    wheel = directory / package.filename
     artifacts.fetch(store, index.artifact(store, package), wheel)
     _unpack(wheel, directory / contract.SITE_DIRECTORY)
     wheel.unlink()
 
 
 def _unpack(wheel: Path, site: Path) -> None:
+    """Write the wheel's files below `site`; nothing is written when one of them would be elsewhere."""
     with zipfile.ZipFile(wheel) as archive:
         for member in archive.infolist():
             path = PurePosixPath(member.filename)
@@ -228,9 +229,4 @@ def _replace(directory: Path, new: Path, old: Path) -> None:
     """Put `new` in place. A server that runs from the replaced folder has its model in memory already."""
     if directory.exists():
         directory.rename(old)
-    try:
-        new.rename(directory)
-    except OSError:  # another process was first with the same release
-        if not _same(new, directory):
-            raise
-    shutil.rmtree(old, ignore_errors=True)
+    new.rename(directory)

@@ -17,6 +17,7 @@ from perennial.values import Evaluation, GateReport, Metric
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+PLOTS = ("roc", "calibration", "predicted", "slices")
 _SLICES_SHOWN = 16
 _BINS = 10
 _INK, _FAINT = "#1f4e79", "#b7c9db"

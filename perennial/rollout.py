@@ -109,17 +109,19 @@ def switch(
 ) -> Rollout:
     """Make the release the active one and move all traffic to it, without losing a request."""
     project = release.project
-    before = journal.active(project, environment)
-    if before != release.release_id:
-        candidate = _endpoint(target, release.release_id, environment)
+    with router.alone(settings):
+        if journal.active(project, environment) != release.release_id:
+            candidate = _endpoint(target, release.release_id, environment)
+            routes = current_routes(journal, target)
+            beside = [*routes.get(environment, {}).get(project, ()), candidate]
+            if len(beside) > 1:  # Envoy's own checks must have seen the new one before the old one goes
+                router.apply(settings, _with(routes, environment, project, beside), healthy=[candidate])
+            journal.decide(
+                project=project, environment=environment, kind="promoted", release_id=release.release_id
+            )
         routes = current_routes(journal, target)
-        beside = [*routes.get(environment, {}).get(project, ()), candidate]
-        if len(beside) > 1:  # Envoy's own health checks must have seen the new one before the old one goes
-            router.apply(settings, _with(routes, environment, project, beside))
-        journal.decide(
-            project=project, environment=environment, kind="promoted", release_id=release.release_id
-        )
-    router.apply(settings, current_routes(journal, target))
+        # Of this service only: another one that is down must not stand in the way.
+        router.apply(settings, routes, healthy=routes.get(environment, {}).get(project, ()))
     decisions = journal.decisions(project, environment)
     return Rollout(
         project=project,
@@ -176,7 +178,8 @@ def current_routes(journal: Journal, target: Target) -> router.Routes:
 
 def reconcile(settings: Settings, journal: Journal, target: Target) -> None:
     """Bring router and processes to what the journal says: the routes are written anew, leftovers stopped."""
-    router.apply(settings, current_routes(journal, target))
+    with router.alone(settings):
+        router.apply(settings, current_routes(journal, target), healthy=())
     for project in journal.projects():
         for environment in ENVIRONMENTS:
             if journal.active(project.name, environment) is not None:

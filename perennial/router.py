@@ -12,11 +12,13 @@ Each step may be repeated, and a step left out (1) costs at most a retry inside 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +42,29 @@ _API = f"{_TYPE}envoy.config"
 _EXTENSION = f"{_TYPE}envoy.extensions"
 
 
-def apply(settings: Settings, routes: Routes, *, timeout_seconds: float = 15.0) -> None:
+@contextmanager
+def alone(settings: Settings) -> Iterator[None]:
+    """One change of routes at a time: the files hold all services, so whoever writes must know them all.
+
+    Held from the moment the routes are read until they are applied. Not reentrant.
+    """
+    directory = router_directory(settings)
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def apply(
+    settings: Settings,
+    routes: Routes,
+    *,
+    healthy: Iterable[Endpoint] | None = None,
+    timeout_seconds: float = 15.0,
+) -> None:
     """Bring Envoy to these routes and return when it has them: `render`, `write`, `wait_applied`."""
     write(router_directory(settings), render(routes, settings))
-    wait_applied(settings, routes, timeout_seconds=timeout_seconds)
+    wait_applied(settings, routes, healthy=healthy, timeout_seconds=timeout_seconds)
 
 
 def render(routes: Routes, settings: Settings, *, request_timeout_seconds: float = 60.0) -> dict[str, str]:
@@ -89,17 +110,24 @@ def write(directory: Path, files: Mapping[str, str]) -> None:
         (directory / stale).unlink(missing_ok=True)
 
 
-def wait_applied(settings: Settings, routes: Routes, *, timeout_seconds: float = 15.0) -> None:
-    """Return when Envoy routes exactly these endpoints and finds all of them healthy.
+def wait_applied(
+    settings: Settings,
+    routes: Routes,
+    *,
+    healthy: Iterable[Endpoint] | None = None,
+    timeout_seconds: float = 15.0,
+) -> None:
+    """Return when Envoy routes exactly these endpoints and finds those in `healthy` (None: all) healthy.
 
     Raises RolloutError that says what is missing; the endpoints already in use go on serving.
     """
+    needed = None if healthy is None else {(endpoint.host, endpoint.port) for endpoint in healthy}
     deadline = time.monotonic() + timeout_seconds
-    while (missing := _not_applied(settings, routes)) is not None:
+    while (missing := _not_applied(settings, routes, needed)) is not None:
         if time.monotonic() > deadline:
             raise RolloutError(
                 f"the router did not take the new endpoints in {timeout_seconds:.0f} s: {missing}",
-                "every endpoint in the router, healthy, and no other",
+                "every endpoint in the router, the new ones healthy, and no other",
                 f"see {settings.root / 'logs' / 'envoy.log'} and {settings.router_admin_url}/clusters",
             )
         time.sleep(_POLL_SECONDS)
@@ -340,8 +368,10 @@ def _replace(path: Path, content: str) -> None:
     temporary.replace(path)  # Envoy looks again when a file is moved into place, never when it is written
 
 
-def _not_applied(settings: Settings, routes: Routes) -> str | None:
-    """What Envoy lacks, in words; None when it has all."""
+def _not_applied(
+    settings: Settings, routes: Routes, needed: set[tuple[str, int]] | None = None
+) -> str | None:
+    """What Envoy lacks, in words; None when it has all. `needed`: who must be healthy, None for all."""
     answer = probe(f"{settings.router_admin_url}/clusters?format=json")
     if answer is None or answer.status != 200:
         return f"its admin address {settings.router_admin_url} does not answer"
@@ -360,7 +390,8 @@ def _not_applied(settings: Settings, routes: Routes) -> str | None:
         for host, port, weight in sorted(endpoints):
             if (host, port, weight) not in hosts:
                 return f"{name} lacks {host}:{port} with weight {weight}"
-            if trouble := hosts[host, port, weight]:
+            trouble = hosts[host, port, weight]
+            if trouble and (needed is None or (host, port) in needed):
                 return f"{host}:{port} of {name} is not healthy ({trouble})"
         for host, port, _ in sorted(hosts.keys() - endpoints):
             return f"{name} still has {host}:{port}"

@@ -47,6 +47,10 @@ RETRIES: RetryConfig = {
 # The directory store writes `name#1` beside `name` before it renames, so such names are not keys.
 STAGED_NAME = re.compile(r"#\d+$")
 
+# Neither has room for a user and a password.
+BUCKET_NAME = r"[A-Za-z0-9._-]+"
+ENDPOINT_URL = r"https?://([A-Za-z0-9._-]+|\[[0-9a-fA-F:]+\])(:\d+)?(/[^\s@?#]*)?"
+
 
 @dataclass(frozen=True)
 class StoreCredentials:
@@ -86,6 +90,8 @@ class Store:
 
     def put_file(self, key: str, path: Path) -> None:
         """Write a file's bytes, streamed, over whatever is there."""
+        if not path.is_file():  # the library's own error would read as a missing key
+            raise FileNotFoundError(f"{path} is not a file")
         with self._explained("write", key):
             obstore.put(self._objects, checked(key), path)
 
@@ -186,7 +192,8 @@ class Store:
                 raise FileNotFoundError(f"{self.base}/{key} is not in the store") from None
             raise _unusable(self.base, verb, error) from None
         except BaseError as error:
-            if verb in ("read", "delete") and "NotADirectory" in str(error):
+            # To a directory store a key above or below an object is a folder or a file; it is no object.
+            if verb in ("read", "delete") and re.search("NotADirectory|IsADirectory", str(error)):
                 raise FileNotFoundError(f"{self.base}/{key} is not in the store") from None
             raise _unusable(self.base, verb, error) from None
 
@@ -200,17 +207,16 @@ def open_store(url: str, *, endpoint_url: str = "", credentials: StoreCredential
     Raises InstallationError in at most some 10 s when the store cannot be used.
     """
     parts = urlsplit(url)
-    match parts.scheme:
-        case "file" if parts.netloc in ("", "localhost") and parts.path.strip("/"):
-            return _open_directory(Path(unquote(parts.path)))
-        case "s3" if parts.netloc:
-            return _open_bucket(parts.netloc, parts.path.strip("/"), endpoint_url, credentials)
-        case _:
-            raise InstallationError(
-                f"cannot read the store's address {url!r}",
-                expected="file:///absolute/folder or s3://bucket/prefix",
-                next_command="set PERENNIAL_STORE_URL, or unset it for the folder in PERENNIAL_HOME",
-            )
+    prefix = parts.path.strip("/")
+    if parts.scheme == "file" and parts.netloc in ("", "localhost") and prefix:
+        return _open_directory(Path(unquote(parts.path)))
+    if parts.scheme == "s3" and re.fullmatch(BUCKET_NAME, parts.netloc) and _may_be_prefix(prefix):
+        return _open_bucket(parts.netloc, prefix, endpoint_url, credentials)
+    raise InstallationError(
+        f"cannot read the store's address {_without_user(url)!r}",
+        expected="file:///absolute/folder or s3://bucket/prefix",
+        next_command="set PERENNIAL_STORE_URL, or unset it for the folder in PERENNIAL_HOME",
+    )
 
 
 def checked(key: str) -> str:
@@ -223,6 +229,18 @@ def checked(key: str) -> str:
     if any(STAGED_NAME.search(s) for s in segments):
         raise ValueError(f"not a key: {key!r} (no segment may end in # and a number)")
     return key
+
+
+def _may_be_prefix(prefix: str) -> bool:
+    try:
+        return not prefix or bool(checked(prefix))
+    except ValueError:
+        return False
+
+
+def _without_user(url: str) -> str:
+    """`url` as it may be shown: some people put a key and its secret before the @."""
+    return re.sub(r"(^|//)[^/]*@", r"\1…@", url)
 
 
 def _open_directory(directory: Path) -> Store:
@@ -239,7 +257,13 @@ def _open_directory(directory: Path) -> Store:
 
 
 def _open_bucket(bucket: str, prefix: str, endpoint_url: str, credentials: StoreCredentials | None) -> Store:
-    options: dict[str, Any] = {"prefix": checked(prefix) if prefix else None}
+    if endpoint_url and not re.fullmatch(ENDPOINT_URL, endpoint_url):
+        raise InstallationError(
+            f"cannot read the address of the S3 API {_without_user(endpoint_url)!r}",
+            expected="http://host:port or https://host",
+            next_command="set PERENNIAL_S3_ENDPOINT_URL, or unset it for AWS",
+        )
+    options: dict[str, Any] = {"prefix": prefix}
     if endpoint_url:
         options |= {"endpoint": endpoint_url, "virtual_hosted_style_request": False}
     if credentials:
@@ -300,7 +324,7 @@ def _unusable(base: str, verb: str, error: Exception, endpoint_url: str = "") ->
     """What the library said, as somebody's next step. Only its error code or first line is passed on."""
     text = str(error)
     first_line = text.partition("\n")[0]
-    code = re.search(r"<Code>(\w+)</Code>", text)
+    code = re.search(r"<Code>(\w+)</Code>", text) or re.search(r"\(code: (\w+)\)", text)
     where = f"{base} at {endpoint_url}" if endpoint_url else base
     bucket = urlsplit(base).netloc
     if code and code[1] == "NoSuchBucket":
@@ -309,7 +333,8 @@ def _unusable(base: str, verb: str, error: Exception, endpoint_url: str = "") ->
             expected="an existing bucket",
             next_command=f"aws s3 mb s3://{bucket}",
         )
-    if re.search(r"\b40[13] ", first_line) or "169.254." in first_line or "PermissionDenied" in text:
+    denied = re.search(r"\b40[13] ", first_line) or (code and code[1] == "AccessDenied")
+    if denied or "169.254." in first_line or "PermissionDenied" in text:
         return InstallationError(
             f"the store {where} refused to {verb}: {code[1] if code else 'no usable credentials'}",
             expected="credentials that may list, read and write there",

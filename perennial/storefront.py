@@ -3,13 +3,13 @@
 /                   what runs where, and where to look further
 /simple/…           the package index (PEP 503, PEP 691), with the wheels under /packages/…
 /reports/…          pages and plots
+/releases/P/ID      what release ID of project P is made of, and where it was deployed
 /health
 """
 
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, cast
@@ -19,6 +19,9 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from perennial import lineage
+from perennial.errors import PerennialError, ReleaseError
+from perennial.journal import Journal, open_journal
 from perennial.probe import probe
 from perennial.settings import Settings, settings
 from perennial.store import Store, open_store
@@ -55,8 +58,8 @@ _FOREVER = {"cache-control": "public, max-age=31536000, immutable"}
 _FRESH = {"cache-control": "no-cache"}
 
 
-def create_app(store: Store, settings: Settings) -> Starlette:
-    """The ASGI application over one store."""
+def create_app(store: Store, journal: Journal, settings: Settings) -> Starlette:
+    """The ASGI application over one store and one journal."""
 
     def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -85,6 +88,9 @@ def create_app(store: Store, settings: Settings) -> Starlette:
     def reports(request: Request) -> Response:
         return _page("Reports", _report_list(store))
 
+    def release(request: Request) -> Response:
+        return _release(journal, request.path_params["project"], request.path_params["release_id"])
+
     return Starlette(
         routes=[
             Route("/", overview),
@@ -94,17 +100,42 @@ def create_app(store: Store, settings: Settings) -> Starlette:
             Route("/packages/{path:path}", package),
             Route("/reports/", reports),
             Route("/reports/{path:path}", report),
-        ]
+            Route("/releases/{project}/{release_id}", release),
+        ],
+        exception_handlers={404: _unknown, PerennialError: _explained},
     )
+
+
+def _unknown(request: Request, error: Exception) -> Response:
+    return _error(404, f"there is nothing at {request.url.path}")
+
+
+def _explained(request: Request, error: Exception) -> Response:
+    """The store or the journal is away."""
+    return _error(503, str(error))
+
+
+def _error(status: int, reason: str) -> Response:
+    return JSONResponse({"error": reason}, status_code=status, headers=_HEADERS)
 
 
 def _object(store: Store, key: str, caching: dict[str, str], media_type: str = "") -> Response:
     try:
         body = store.get(key)
     except (FileNotFoundError, ValueError):  # ValueError: no key of any store, such as one with `..`
-        return JSONResponse({"error": "not found"}, status_code=404, headers=_HEADERS)
+        return _error(404, f"there is no {key} in the store")
     kind = media_type or _TYPES.get(PurePosixPath(key).suffix, "application/octet-stream")
     return Response(body, headers={**_HEADERS, **caching, "content-type": kind})
+
+
+def _release(journal: Journal, project: str, release_id: str) -> Response:
+    try:
+        text = lineage.of(journal, release_id)
+    except ReleaseError as error:
+        return _error(404, str(error))
+    if release_id.rpartition("-")[0] != project:
+        return _error(404, f"{release_id} is no release of {project}")
+    return _page(release_id, [f"<pre>{html.escape(text)}</pre>"])
 
 
 def _overview(settings: Settings) -> list[str]:
@@ -138,7 +169,7 @@ def _services(url: str) -> dict[str, list[str]] | None:
     answer = probe(f"{url}/", timeout_seconds=1.0)
     if answer is None or answer.status != 200:
         return None
-    listing = cast("dict[str, dict[str, list[str]]]", json.loads(answer.body)["services"])
+    listing = cast("dict[str, dict[str, list[str]]]", answer.json()["services"])
     return {name: service["releases"] for name, service in listing.items()}
 
 
@@ -152,11 +183,15 @@ def _report_list(store: Store) -> list[str]:
 def _page(title: str, lines: Iterable[str]) -> Response:
     style = (
         "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-        "td,th{text-align:left;padding:.2rem 1rem .2rem 0}"
+        "td,th{text-align:left;padding:.2rem 1rem .2rem 0}pre{white-space:pre-wrap;overflow-wrap:anywhere}"
     )
-    head = f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+    head = f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
     body = "\n".join(
-        [f"{head}<style>{style}</style></head><body><h1>{title}</h1>", *lines, "</body></html>\n"]
+        [
+            f"{head}<style>{style}</style></head><body><h1>{html.escape(title)}</h1>",
+            *lines,
+            "</body></html>\n",
+        ]
     )
     return Response(body, headers={**_HEADERS, **_FRESH, "content-type": _TYPES[".html"]})
 
@@ -170,11 +205,11 @@ def _list(items: Iterable[str]) -> str:
 
 
 def main() -> None:
-    """Serve the store of this installation until told to stop."""
+    """Serve the store and the journal of this installation until told to stop."""
     here = settings()
     store = open_store(here.store, endpoint_url=here.s3_endpoint_url)
     uvicorn.run(
-        create_app(store, here),
+        create_app(store, open_journal(here.database), here),
         host=here.host,
         port=here.storefront_port,
         log_level="warning",

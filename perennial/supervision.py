@@ -92,9 +92,15 @@ class Supervisor:
         """Forget a program that is down. Faults when it still runs."""
         self._tolerate("removeProcessGroup", name, faults=(Faults.BAD_NAME,))
 
-    def start(self, name: str) -> None:
-        """Have a program started; returns before it is up."""
-        self._tolerate("startProcess", name, False, faults=(Faults.ALREADY_STARTED, Faults.SPAWN_ERROR))
+    def start(self, name: str) -> str:
+        """Have a program started; returns before it is up, with the reason if it cannot be started at all."""
+        try:
+            self._tolerate("startProcess", name, False, faults=(Faults.ALREADY_STARTED, Faults.SPAWN_ERROR))
+        except xmlrpc.client.Fault as fault:
+            if fault.faultCode in (Faults.NO_FILE, Faults.NOT_EXECUTABLE):
+                return str(fault.faultString)
+            raise
+        return ""
 
     def stop(self, name: str) -> None:
         """Send a program its stop signal; returns before it is down."""
@@ -122,6 +128,10 @@ class Supervisor:
             return getattr(proxy.supervisor, method)(*arguments)
         except (OSError, HTTPException, xmlrpc.client.ProtocolError) as error:
             raise not_running(self._home) from error
+        except xmlrpc.client.Fault as fault:
+            if fault.faultCode == Faults.SHUTDOWN_STATE:
+                raise not_running(self._home) from fault
+            raise
         finally:
             transport.close()
 
@@ -145,12 +155,22 @@ def socket_path(settings: Settings) -> Path:
 
 def command(argv: Sequence[str]) -> str:
     """An argv as the value of a program's `command`."""
-    return _literal(shlex.join(argv))
+    return literal(shlex.join(argv))
 
 
 def environment(variables: Mapping[str, str]) -> str:
     """Variables as the value of a program's `environment`."""
     return ",".join(f"{name}={_quoted(name, value)}" for name, value in sorted(variables.items()))
+
+
+def literal(value: object) -> str:
+    """Text as supervisord's configuration carries it: a percent sign begins a variable there."""
+    return str(value).replace("%", "%%")
+
+
+def log_path(value: Path) -> str:
+    """A path as the value of a program's `stdout_logfile`, the one value that supervisord expands twice."""
+    return literal(literal(value))
 
 
 def tail(log: Path, lines: int = 25) -> str:
@@ -173,11 +193,7 @@ def _quoted(name: str, value: str) -> str:
             f"the value of {name} holds both kinds of quotes or a line break",
             "a value that supervisord's configuration can carry",
         )
-    return _literal(f"{mark}{value}{mark}")
-
-
-def _literal(value: str) -> str:
-    return value.replace("%", "%%")
+    return literal(f"{mark}{value}{mark}")
 
 
 def _process(info: dict[str, Any]) -> Process:

@@ -106,11 +106,11 @@ class ProcessTarget:
         ) is None or process.state not in supervision.UP_STATES:
             if process is None:
                 raise RolloutError(f"supervisord lost {name}", "a program of that name", "make status")
-            if process.is_down:
-                self._supervisor.start(name)
-            if time.monotonic() > deadline:
+            trouble = self._supervisor.start(name) if process.is_down else ""
+            if trouble or time.monotonic() > deadline:
+                reason = trouble or process.reason or process.state.lower()
                 raise RolloutError(
-                    f"{name} does not start: {process.state.lower()} {process.reason}\n{self._tail(name)}",
+                    f"{name} does not start: {reason}. Its last lines:\n{self._tail(name)}",
                     "a process that stays",
                     f"see {self._log(name)}",
                 )
@@ -134,8 +134,9 @@ class ProcessTarget:
                 first_pid = first_pid or pid
                 # A second process id means that the first one died; that the next may live helps nobody.
                 if process is None or process.is_down or process.state == "BACKOFF" or pid != first_pid:
+                    why = f" ({process.reason})" if process and process.reason else ""
                     raise RolloutError(
-                        f"{endpoint.name} died before it was ready. Its last lines:\n"
+                        f"{endpoint.name} died before it was ready{why}. Its last lines:\n"
                         f"{self._tail(endpoint.name)}",
                         "a process that gets ready to serve",
                         f"see {self._log(endpoint.name)}",
@@ -184,7 +185,7 @@ class ProcessTarget:
         name = instance.name
         described = self._described()
         process = self._supervisor.process(name)
-        runs = process is not None and process.state in supervision.UP_STATES
+        runs = process is not None and process.pid != 0
         port = described[name]["endpoint"]["port"] if name in described else 0
         if not port or not (runs or ports.is_free(self._settings.host, port)):
             taken = {other["endpoint"]["port"] for other in described.values()}
@@ -229,7 +230,7 @@ class ProcessTarget:
         parser = configparser.RawConfigParser()
         parser[f"program:{instance.name}"] = {
             "command": supervision.command([*argv, "--host", endpoint.host, "--port", str(endpoint.port)]),
-            "directory": str(instance.release).replace("%", "%%"),
+            "directory": supervision.literal(instance.release),
             "environment": supervision.environment(_SERVICE_ENVIRONMENT | instance.variables),
             "autostart": "true",
             "autorestart": "true",
@@ -240,7 +241,7 @@ class ProcessTarget:
             "stopwaitsecs": str(int(2 * instance.drain_seconds + _KILL_MARGIN_SECONDS) + 1),
             "killasgroup": "true",
             "redirect_stderr": "true",
-            "stdout_logfile": str(self._log(instance.name)).replace("%", "%%"),
+            "stdout_logfile": supervision.log_path(self._log(instance.name)),
             "stdout_logfile_maxbytes": "10MB",
             "stdout_logfile_backups": "3",
         }
@@ -260,7 +261,8 @@ class ProcessTarget:
         for path in sorted(self._folder.glob("svc-*.conf")):
             parser = configparser.RawConfigParser()
             parser.read(path)
-            found[path.stem] = json.loads(parser[f"perennial:{path.stem}"]["instance"])
+            if parser.has_section(f"perennial:{path.stem}"):  # else it was removed while we looked
+                found[path.stem] = json.loads(parser[f"perennial:{path.stem}"]["instance"])
         return found
 
     @contextmanager

@@ -180,10 +180,20 @@ def validate(frame: pd.DataFrame, suite: Sequence[Expectation], origin: str) -> 
     with deferred("altair", "boto3", "scipy.stats"):  # for charts, buckets and its rarer expectations
         import great_expectations as gx
         from great_expectations.core.result_format import ResultFormat
-        from great_expectations.data_context.types.base import ProgressBarsConfig
+        from great_expectations.data_context.types.base import (
+            DataContextConfig,
+            InMemoryStoreBackendDefaults,
+            ProgressBarsConfig,
+        )
 
-    context = gx.get_context(mode="ephemeral")
-    context.variables.progress_bars = ProgressBarsConfig(globally=False)
+    # The context of its own making would leave a folder for a docs site in the temporary files, every time.
+    nothing_on_disk = InMemoryStoreBackendDefaults(init_temp_docs_sites=False)
+    context = gx.get_context(
+        mode="ephemeral",
+        project_config=DataContextConfig(
+            store_backend_defaults=nothing_on_disk, progress_bars=ProgressBarsConfig(globally=False)
+        ),
+    )
     # An expectation about a column that is not there cannot say so clearly; the ones about existence can.
     present = set(frame.columns)
     runnable = [e for e in suite if e.type == "expect_column_to_exist" or _columns(e) <= present]

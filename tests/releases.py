@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
+import zipfile
 from datetime import UTC, date, datetime
+from pathlib import Path
 from typing import Any
 
+from perennial import artifacts, index
+from perennial.store import Store
 from perennial.values import (
     Artifact,
     Column,
@@ -23,6 +30,8 @@ from perennial.values import (
 )
 
 SHA = "0123456789abcdef" * 4
+
+MODEL = {"model.skops": b"the model", "parts/more": b"more of it"}
 
 
 def an_artifact(name: str = "x") -> Artifact:
@@ -75,3 +84,49 @@ def a_release(**changes: Any) -> Release:
         "created_at": datetime(2024, 6, 1, tzinfo=UTC),
     }
     return Release(**(fields | changes))
+
+
+def a_stored_release(store: Store, folder: Path, **changes: Any) -> Release:
+    """An accepted release all of whose files are in the store; `folder` is where they are made."""
+    for name, data in MODEL.items():
+        (folder / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "model" / name).write_bytes(data)
+    (folder / "schema.json").write_text(json.dumps({"features": []}))
+    (folder / "golden.json").write_text(json.dumps({"rows": [], "predictions": []}))
+    model = a_release().model.model_copy(
+        update={
+            "artifact": artifacts.put_directory(store, "models/toy/model", folder / "model"),
+            "input_schema": artifacts.put_file(store, "models/toy/schema.json", folder / "schema.json"),
+            "golden": artifacts.put_file(store, "models/toy/golden.json", folder / "golden.json"),
+        }
+    )
+    return a_release(**{"model": model, "package": index.publish(store, a_wheel(folder)), **changes})
+
+
+def a_wheel(
+    folder: Path,
+    name: str = "toy",
+    version: str = "1.0",
+    *,
+    files: dict[str, bytes] | None = None,
+    requires_python: str = "",
+) -> Path:
+    """A wheel that uv and pip install. Without `files` it holds one module that says its own version."""
+    files = files or {f"{name.replace('-', '_')}.py": f"VERSION = {version!r}\n".encode()}
+    about = f"{name.replace('-', '_')}-{version}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    metadata += f"Requires-Python: {requires_python}\n" if requires_python else ""
+    wheel = "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files = files | {f"{about}/METADATA": metadata.encode(), f"{about}/WHEEL": wheel.encode()}
+    record = "".join(f"{file},sha256={_record(data)},{len(data)}\n" for file, data in files.items())
+    files = files | {f"{about}/RECORD": f"{record}{about}/RECORD,,\n".encode()}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{about.removesuffix('.dist-info')}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file, data in files.items():
+            archive.writestr(zipfile.ZipInfo(file), data)  # ZipInfo: the same bytes at any time
+    return path
+
+
+def _record(data: bytes) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip("=")

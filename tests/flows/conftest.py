@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 
 from tests.factories import ProjectRepository, make_project
-from tests.flows.house import House, installed, new_settings, within
+from tests.flows.house import House, installed, within
+from tests.installations import own_settings
 
 MakeProject = Callable[..., ProjectRepository]
 
 
 @pytest.fixture(scope="session")
 def _running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    with installed(new_settings(tmp_path_factory.mktemp("house") / "home")) as house:
+    with installed(own_settings(tmp_path_factory.mktemp("house") / "home")) as house:
         yield house
 
 

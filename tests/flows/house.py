@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from perennial.settings import Settings, settings
 from perennial.store import Store, open_store
 from perennial.targets import ProcessTarget
 from tests.factories import ROOT
+from tests.installations import own_settings
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -56,6 +56,8 @@ ROW = {"amount": 41.5, "age": 33, "colour": "red", "member": True}
 
 T = TypeVar("T")
 
+new_settings = own_settings
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -77,7 +79,7 @@ class Ended:
         return True
 
     def passes_on(self, *words: str) -> bool:
-        """The message has all the words. A traceback is the project's own, its developer needs it: none of ours."""
+        """The message has all words; a traceback is the project's own, for its developer, none of ours."""
         missing = [word for word in words if word not in self.message]
         assert not missing, f"{missing} not in: {self.message}"
         ours = re.findall(r'File "[^"]*/(?:flows|tasks|perennial|prefect)/[^"]*"', self.log)
@@ -327,25 +329,6 @@ def within(house: House) -> Iterator[None]:
         stack.callback(_forget)
         _forget()
         yield
-
-
-def new_settings(home: Path, **more: Any) -> Settings:
-    """Settings on free ports."""
-    names = (
-        "prefect_port",
-        "mlflow_port",
-        "storefront_port",
-        "production_port",
-        "test_port",
-        "router_admin_port",
-        "first_service_port",
-    )
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in names]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        ports = {name: one.getsockname()[1] for name, one in zip(names, sockets, strict=True)}
-    return Settings(home=home, **ports, **more)
 
 
 def until(true: Callable[[], T], seconds: float, what: str) -> T:

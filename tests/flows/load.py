@@ -2,9 +2,9 @@
 
     python -m tests.flows.load URL FILE-WITH-BODY REQUESTS-PER-SECOND
 
-Prints `started` after the first answers, and at the end one JSON object: how many requests, over how long, which
-failed (an answer that is not 200, that names no release, or none at all), and how often each release answered.
-A process of its own, so that what is tested cannot slow its measure down.
+Prints `started` after the first answers, and at the end one JSON object: how many requests, over how long,
+which failed (an answer that is not 200, that names no release, or none at all), and how often each release
+answered. A process of its own, so that what is tested cannot slow its measure down.
 """
 
 from __future__ import annotations

@@ -7,11 +7,12 @@ import socket
 from pathlib import Path
 
 from tests.flows.conftest import MakeProject
-from tests.flows.house import House, new_settings, within
+from tests.flows.house import House, within
+from tests.installations import own_settings
 
 
 def test_registering_without_a_server_says_what_to_run(house: House, tmp_path: Path) -> None:
-    away = House(new_settings(tmp_path / "home"))
+    away = House(own_settings(tmp_path / "home"))
     done = away.command("-m", "deployments.register")
     assert done.returncode == 1
     assert f"the Prefect server does not answer at {away.settings.prefect_url}" in done.stderr
@@ -19,7 +20,7 @@ def test_registering_without_a_server_says_what_to_run(house: House, tmp_path: P
 
 
 def test_the_demo_names_who_holds_a_port_and_what_to_run(house: House, tmp_path: Path) -> None:
-    away = House(new_settings(tmp_path / "home"))
+    away = House(own_settings(tmp_path / "home"))
     with socket.create_server(("127.0.0.1", away.settings.mlflow_port)):
         done = away.command("-m", "deployments.demo")
     assert done.returncode == 1
@@ -29,7 +30,7 @@ def test_the_demo_names_who_holds_a_port_and_what_to_run(house: House, tmp_path:
 
 
 def test_the_demo_refuses_a_home_of_another_version(house: House, tmp_path: Path) -> None:
-    away = House(new_settings(tmp_path / "home"))
+    away = House(own_settings(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "version").write_text("0\n")
     done = away.command("-m", "deployments.demo")
@@ -43,7 +44,7 @@ def test_a_build_without_mlflow_ends_before_a_release_exists_and_can_be_retried(
     house: House, enabled: MakeProject
 ) -> None:
     enabled("unregistered")
-    nobody = new_settings(house.settings.root).mlflow_port
+    nobody = own_settings(house.settings.root).mlflow_port
     away = House(house.settings.model_copy(update={"mlflow_port": nobody}))
     with within(away):
         run = away.build("unregistered")

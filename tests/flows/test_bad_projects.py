@@ -44,7 +44,10 @@ METHODS = "produce_model(self, data) and predict(self, rows)"
         pytest.param(
             "odd-key",
             {"unknown_key": "holdout_dayz"},
-            ["pyproject.toml: [tool.perennial] has an unknown key 'holdout_dayz'", "did you mean 'holdout_days'"],
+            [
+                "pyproject.toml: [tool.perennial] has an unknown key 'holdout_dayz'",
+                "did you mean 'holdout_days'",
+            ],
             id="with an unknown key",
         ),
         pytest.param(
@@ -88,7 +91,9 @@ def test_a_lock_whose_hash_is_not_the_package_s_is_refused_by_its_name(
     project.commit("forge", {LOCK: lock.replace(pin, forged)})
     run = house.build("forged-lock")
     assert (run.kind, run.name) == ("FAILED", "Failed")
-    assert run.explains("requirements.lock cannot be installed", "threadpoolctl", "Expected: pins whose hashes match")
+    assert run.explains(
+        "requirements.lock cannot be installed", "threadpoolctl", "Expected: pins whose hashes match"
+    )
     assert run.stopped_in("make_environment")
     assert house.published_nothing("forged-lock")
 
@@ -99,7 +104,9 @@ def test_a_ref_that_does_not_exist_is_refused_with_the_branches_there_are(
     project = enabled("no-ref")
     run = house.build("no-ref", ref="mian")
     assert (run.kind, run.name) == ("FAILED", "Failed")
-    assert run.explains(f"repository {project.url} has no ref 'mian'", "its branches: main", "Next: git ls-remote")
+    assert run.explains(
+        f"repository {project.url} has no ref 'mian'", "its branches: main", "Next: git ls-remote"
+    )
     assert run.stopped_in("check_out")
     assert house.published_nothing("no-ref")
 
@@ -107,7 +114,9 @@ def test_a_ref_that_does_not_exist_is_refused_with_the_branches_there_are(
 def test_a_commit_that_does_not_exist_is_refused(house: House, enabled: MakeProject) -> None:
     project = enabled("no-commit")
     run = house.build("no-commit", ref="0123456789" * 4)
-    assert run.explains(f"repository {project.url} has no commit 0123456789", "Expected: a commit that a branch")
+    assert run.explains(
+        f"repository {project.url} has no commit 0123456789", "Expected: a commit that a branch"
+    )
     assert run.stopped_in("check_out")
     assert house.published_nothing("no-commit")
 
@@ -120,7 +129,9 @@ def test_a_repository_that_cannot_be_reached_is_named(house: House, name: str, r
     house.enable(name, repository)
     run = house.build(name)
     assert (run.kind, run.name) == ("FAILED", "Failed")
-    assert run.explains(f"repository {repository} cannot be read", "Expected: a path or URL that `git ls-remote`")
+    assert run.explains(
+        f"repository {repository} cannot be read", "Expected: a path or URL that `git ls-remote`"
+    )
     assert run.stopped_in("check_out")
     assert house.published_nothing(name)
 
@@ -141,7 +152,9 @@ def test_when_a_developer_s_test_fails_the_build_stops_there_and_links_the_repor
     enabled("failing-test", failing_test=True)
     run = house.build("failing-test")
     assert (run.kind, run.name) == ("FAILED", "Failed")
-    assert run.explains("1 of the project's tests failed", "test_a_visit_is_one_row", "the report is at http://")
+    assert run.explains(
+        "1 of the project's tests failed", "test_a_visit_is_one_row", "the report is at http://"
+    )
     assert run.stopped_in("run_project_tests")
     assert house.published_nothing("failing-test")
     link = re.search(r"http://\S+", run.message)

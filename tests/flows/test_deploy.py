@@ -1,4 +1,4 @@
-"""A release comes in front of users without a lost request, goes back the same way, or does not come at all."""
+"""A release comes in front of users without a lost request, goes back the same way, or does not come."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from perennial.values import Artifact, Release
 from tests.flows.conftest import MakeProject
 from tests.flows.house import House
 
-# Answers in microseconds: the load is to be held by the router and the server, on two cores that build besides.
+# Answers in microseconds: router and server are to hold the load, on cores that have more to do besides.
 QUICK_MODEL = '''"""A straight line through what is known of a visit."""
 
 import numpy as np
@@ -87,7 +87,9 @@ def test_a_rollback_is_a_deploy_of_the_older_release(house: House, shop: Shop, o
     assert house.instances(shop.name) == {shop.old.release_id: "RUNNING"}
 
 
-def test_deploying_the_active_release_again_changes_nothing(house: House, shop: Shop, old_serves: None) -> None:
+def test_deploying_the_active_release_again_changes_nothing(
+    house: House, shop: Shop, old_serves: None
+) -> None:
     before, decisions = house.status(shop.name), house.journal.decisions(shop.name)
     with house.load(shop.name, rate=100) as load:
         run = house.deploy(shop.name, shop.old.release_id)
@@ -169,9 +171,9 @@ def _stored(house: House, release: Release, what: str) -> tuple[Path, str]:
     artifact: Artifact = release.model.artifact
     folder = house.store.local_path(house.store.key(artifact.uri))
     assert folder is not None
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size), (
-        artifact.sha256
-    )
+    return max(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    ), (artifact.sha256)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def test_the_parameters_of_a_deployment_are_those_of_its_flow(house: House, decl
     flow = getattr(importlib.import_module(module), name)
     assert flow.validate_parameters(declared["parameters"])["project"] == declared["parameters"]["project"]
     for wrong in ({"project": "Not A Name"}, {"no_such_parameter": 1}):
-        with pytest.raises(Exception, match="project|no_such_parameter"):
+        with pytest.raises(Exception, match=next(iter(wrong))):
             flow.validate_parameters(declared["parameters"] | wrong)
 
 
@@ -47,7 +47,8 @@ def test_registering_twice_changes_nothing(house: House, registered: None) -> No
             names = [f"{d['entrypoint'].rpartition('.')[2]}/{d['name']}" for d in DECLARED]
             found = {name: client.read_deployment_by_name(name) for name in names}
         return {
-            name: (d.id, d.parameters, [(s.schedule, s.active) for s in d.schedules]) for name, d in found.items()
+            name: (d.id, d.parameters, [(s.schedule, s.active) for s in d.schedules])
+            for name, d in found.items()
         }
 
     before = known()

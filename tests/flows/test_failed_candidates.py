@@ -55,7 +55,8 @@ def test_a_candidate_that_fails_is_removed_and_the_old_release_serves_on(
     project, healthy = fragile
     project.change(**options)
     project.commit(
-        "be impatient", {CONFIG: project.read(CONFIG) + "\n[tool.perennial.service]\nready_timeout_seconds = 4\n"}
+        "be impatient",
+        {CONFIG: project.read(CONFIG) + "\n[tool.perennial.service]\nready_timeout_seconds = 4\n"},
     )
     candidate = house.build("fragile")
     assert candidate.kind == "COMPLETED", candidate.message

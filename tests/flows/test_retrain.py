@@ -1,4 +1,4 @@
-"""Retraining: the last released commit, on a new day's data, in front of users only if it passes its gates."""
+"""Retraining: the last released commit on a new day's data, in front of users only if it passes its gates."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 from perennial.values import Release
 from tests.factories import ProjectRepository
 from tests.flows.conftest import MakeProject
-from tests.flows.house import AS_OF, House
+from tests.flows.house import House
 
 SECOND_DAY = date(2026, 3, 2)
+THIRD_DAY = date(2026, 3, 3)
 LOST_DAY = date(2026, 5, 1)
 
 
@@ -78,34 +79,33 @@ def test_a_project_without_an_accepted_release_can_not_be_retrained(
     enabled("newborn")
     run = house.retrain("newborn")
     assert (run.kind, run.name) == ("FAILED", "Failed")
-    assert run.explains("newborn has no accepted release to retrain", "prefect deployment run 'build/newborn'")
+    assert run.explains(
+        "newborn has no accepted release to retrain", "prefect deployment run 'build/newborn'"
+    )
     assert set(run.steps) == {"claim_day"}
     assert house.published_nothing("newborn")
 
 
-def test_the_three_deployments_run_from_the_command_line(
-    house: House, enabled: MakeProject, registered: None
+def test_retraining_and_a_rollback_run_from_the_command_line(
+    house: House, daily: Daily, registered: None
 ) -> None:
-    """As the README says, on the real worker: build, deploy, retrain."""
-    project = enabled("typed-in")
+    """As a person types it, and on the real worker."""
 
     def typed(deployment: str, **parameters: str) -> None:
         given = [word for name, value in parameters.items() for word in ("-p", f"{name}={json.dumps(value)}")]
         done = house.command("-m", "prefect", "deployment", "run", deployment, *given, "--watch")
         assert done.returncode == 0, done.stdout + done.stderr
 
-    typed("build/flights", project="typed-in", as_of=AS_OF.isoformat())
-    (release,) = house.journal.releases("typed-in")
-    assert release.source.git_sha == project.sha
-    typed("deploy/flights", project="typed-in", environment="test")
-    assert house.ask("typed-in")["release_id"] == release.release_id
-    typed("retrain/flights", project="typed-in", as_of=SECOND_DAY.isoformat())
-    retrained = house.journal.active("typed-in", "test")
-    assert retrained is not None and retrained != release.release_id
-    assert house.ask("typed-in")["release_id"] == retrained
+    typed("retrain/flights", project="daily", as_of=THIRD_DAY.isoformat())
+    retrained = house.journal.release(house.ask("daily")["release_id"])
+    assert retrained is not None and retrained.dataset.as_of == THIRD_DAY
+    typed("deploy/flights", project="daily", environment="test", release_id=daily.release.release_id)
+    assert house.ask("daily")["release_id"] == daily.release.release_id
 
 
-def test_a_parameter_of_the_wrong_type_is_refused_before_a_run_is_made(house: House, registered: None) -> None:
+def test_a_parameter_of_the_wrong_type_is_refused_before_a_run_is_made(
+    house: House, registered: None
+) -> None:
     done = house.command("-m", "prefect", "deployment", "run", "build/flights", "-p", 'project="Not A Name"')
     assert done.returncode != 0
     assert "project" in done.stdout + done.stderr

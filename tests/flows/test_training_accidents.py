@@ -15,7 +15,8 @@ def _counts_loads(project: ProjectRepository, marker: Path) -> None:
     data = f"src/{project.name}/data.py"
     text = project.read(data)
     counted = text.replace(
-        "    days = [", f"    with open({str(marker)!r}, 'a') as calls:\n        calls.write('x')\n    days = ["
+        "    days = [",
+        f"    with open({str(marker)!r}, 'a') as calls:\n        calls.write('x')\n    days = [",
     )
     assert counted != text
     project.commit("count", {data: counted})
@@ -41,7 +42,9 @@ def test_training_that_hangs_is_stopped_at_its_limit(house: House, enabled: Make
     assert run.explains("an end within 5 s, the limit of this step", "[tool.perennial.limits]")
     assert run.stopped_in("train_model")
     assert house.published_nothing("hanging")
-    assert not processes("serving.trainer", str(house.settings.root)), "the hanging process outlived its limit"
+    assert not processes("serving.trainer", str(house.settings.root)), (
+        "the hanging process outlived its limit"
+    )
 
 
 def test_a_run_whose_training_was_killed_is_retried_from_that_step(
