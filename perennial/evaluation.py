@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata, t
+from scipy.special import stdtrit
 
 from perennial.values import Metric
 
@@ -92,7 +92,7 @@ def _estimate(name: str, label: str, value: float, influence: Floats, cluster: I
     if point is not None and groups >= 2:
         sums = np.bincount(index, weights=influence, minlength=groups) / rows
         error = float(np.sqrt(groups / (groups - 1) * np.square(sums - sums.mean()).sum()))
-        reach = float(t.ppf((1 + CONFIDENCE) / 2, groups - 1)) * error
+        reach = float(stdtrit(groups - 1, (1 + CONFIDENCE) / 2)) * error
         low, high = _finite(point - reach), _finite(point + reach)
     return Metric(name=name, slice=label, value=point, low=low, high=high, rows=rows, clusters=groups)
 
@@ -132,14 +132,22 @@ def _auc_influence(truth: Floats, prediction: Floats) -> tuple[float, Floats]:
     m, n = int(positive.sum()), int((~positive).sum())
     if not m or not n:
         return float("nan"), np.zeros_like(truth)
-    ranks = rankdata(prediction)
+    ranks = _ranks(prediction)
     placement = np.empty_like(ranks)
-    placement[positive] = (ranks[positive] - rankdata(prediction[positive])) / n
-    placement[~positive] = 1 - (ranks[~positive] - rankdata(prediction[~positive])) / m
+    placement[positive] = (ranks[positive] - _ranks(prediction[positive])) / n
+    placement[~positive] = 1 - (ranks[~positive] - _ranks(prediction[~positive])) / m
     auc = float(placement[positive].mean())
     rows = m + n
     influence = np.where(positive, (placement - auc) * rows / m, (placement - auc) * rows / n)
     return auc, influence
+
+
+def _ranks(values: Floats) -> Floats:
+    """1 … n in order of size, ties sharing their mean. (scipy.stats has it too, and takes long to import.)"""
+    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts).astype(np.float64)
+    ranks: Floats = (last - (counts - 1) / 2)[index]
+    return ranks
 
 
 def _finite(value: float) -> float | None:

@@ -39,7 +39,7 @@ Say = Callable[[str], None]
 
 
 class Part(NamedTuple):
-    """One program of the installation. `health` is empty for one that is well when it runs."""
+    """One program of the installation, and the address that answers 200 when it is well."""
 
     name: str
     url: str
@@ -190,7 +190,8 @@ def _parts(settings: Settings) -> dict[str, Part]:
         ),
         Part("mlflow", mlflow, f"{mlflow}/health", {"PERENNIAL_MLFLOW_PORT": settings.mlflow_port}),
         Part("storefront", store, f"{store}/health", {"PERENNIAL_STOREFRONT_PORT": settings.storefront_port}),
-        Part("prefect-worker", f"work pool {WORK_POOL}", "", {}),
+        # The worker makes its pool when it starts for the first time; deployments that name it come next.
+        Part("prefect-worker", f"work pool {WORK_POOL}", f"{prefect}/api/work_pools/{WORK_POOL}", {}),
     )
     return {part.name: part for part in parts}
 
@@ -442,8 +443,8 @@ def _start(
 def _is_healthy(part: Part, process: Process) -> bool:
     if process.state not in ("RUNNING", "STARTING"):
         return False
-    if not part.health:
-        return process.state == "RUNNING"
+    if not part.ports and process.state != "RUNNING":
+        return False  # what answers is another part
     answer = probe(part.health)
     return answer is not None and answer.status == 200
 
@@ -453,7 +454,7 @@ def _unhealthy(settings: Settings, part: Part, process: Process, late_seconds: f
     what = f"was not healthy within {late_seconds:.0f} s" if late_seconds else "died at its start"
     return InstallationError(
         f"{part.name} {what} ({process.state.lower()}). Its last lines:\n{supervision.tail(log)}",
-        f"200 from {part.health}" if part.health else "a process that stays",
+        f"200 from {part.health}",
         f"see {log}, then make up",
     )
 

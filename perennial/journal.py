@@ -7,6 +7,7 @@ returned from is on disk.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError
 from sqlalchemy.pool import NullPool
 
 from perennial.errors import InstallationError, ProjectError, ReleaseError
@@ -79,6 +80,12 @@ MARKS = sa.Table(
 SQLITE_APPEND_ONLY = """
 CREATE TRIGGER %(table)s_no_{verb} BEFORE {verb} ON %(table)s
 BEGIN SELECT RAISE(ABORT, '%(table)s is append-only'); END"""
+
+# A REPLACE fires neither of these two. Ignored, not aborted: recording a release again is no error.
+SQLITE_NO_REPLACE = """
+CREATE TRIGGER %(table)s_no_replace BEFORE INSERT ON %(table)s
+WHEN EXISTS (SELECT 1 FROM %(table)s WHERE %(key)s = NEW.%(key)s)
+BEGIN SELECT RAISE(IGNORE); END"""
 
 POSTGRES_REFUSE = """
 CREATE OR REPLACE FUNCTION perennial_append_only() RETURNS trigger LANGUAGE plpgsql AS
@@ -269,8 +276,9 @@ class Journal:
     def once(self, kind: str, project: str, key: str) -> bool:
         """True for the first caller with these words, ever; False for all others."""
         statement = self._insert(MARKS).values(kind=kind, project=project, key=key, at=_now())
+        inserted = statement.on_conflict_do_nothing().returning(MARKS.c.key)  # psycopg counts no rows here
         with self._writing() as connection:
-            return connection.execute(statement.on_conflict_do_nothing()).rowcount == 1
+            return connection.execute(inserted).first() is not None
 
     def _review(
         self,
@@ -311,15 +319,21 @@ def open_journal(database_url: str) -> Journal:
     """
     try:
         url = sa.make_url(database_url)
-        match url.drivername:
-            case "sqlite" | "sqlite+pysqlite" if url.database and url.database != ":memory:":
-                return Journal(_sqlite(url))
-            case "postgresql" | "postgres" | "postgresql+psycopg":
-                return Journal(_postgres(url.set(drivername="postgresql+psycopg")))
-    except (ArgumentError, NoSuchModuleError):
-        pass
-    raise InstallationError(
-        f"cannot read the journal's address {_scheme(database_url)}…",
+    except (ArgumentError, ValueError):  # the latter for a port that is no number
+        raise _unreadable(database_url) from None
+    match url.drivername:
+        case "sqlite" | "sqlite+pysqlite" if url.database and url.database != ":memory:":
+            return Journal(_sqlite(url))
+        # An @ in the host is the rest of a password that was not escaped.
+        case "postgresql" | "postgres" | "postgresql+psycopg" if "@" not in (url.host or ""):
+            return Journal(_postgres(url.set(drivername="postgresql+psycopg")))
+    raise _unreadable(database_url)
+
+
+def _unreadable(database_url: str) -> InstallationError:
+    scheme = re.match(r"[a-z0-9+]{1,20}://", database_url)  # and no more of it, since what follows may be secret
+    return InstallationError(
+        f"cannot read the journal's address {scheme[0] if scheme else ''}…",
         expected="sqlite:////absolute/file.db or postgresql+psycopg://user:password@host/database",
         next_command="set PERENNIAL_DATABASE_URL, or unset it for the file in PERENNIAL_HOME",
     )
@@ -364,13 +378,13 @@ def _create_or_check(connection: sa.Connection, shown: str) -> None:
         connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtext('perennial_schema'))")
     tables = set(sa.inspect(connection).get_table_names())
     if SCHEMA.name in tables:
-        found = str(connection.execute(sa.select(SCHEMA.c.version)).scalar())
+        found = str(connection.execute(sa.select(SCHEMA.c.version)).scalar() or "of no version")
     else:
         found = "of no version" if tables & set(METADATA.tables) else ""
     if not found:
         METADATA.create_all(connection)
         for table in (RELEASES, DECISIONS):
-            _make_append_only(connection, table.name)
+            _make_append_only(connection, table)
         connection.execute(sa.insert(SCHEMA).values(version=SCHEMA_VERSION))
     elif found != str(SCHEMA_VERSION):
         newer = found.isdigit() and int(found) > SCHEMA_VERSION
@@ -383,13 +397,16 @@ def _create_or_check(connection: sa.Connection, shown: str) -> None:
         )
 
 
-def _make_append_only(connection: sa.Connection, table: str) -> None:
+def _make_append_only(connection: sa.Connection, table: sa.Table) -> None:
     if connection.dialect.name == "sqlite":
         statements = [SQLITE_APPEND_ONLY.format(verb=verb) for verb in ("UPDATE", "DELETE")]
+        statements.append(SQLITE_NO_REPLACE)
     else:
         statements = [POSTGRES_REFUSE, POSTGRES_APPEND_ONLY]
+    (key,) = table.primary_key.columns
     for statement in statements:
-        connection.exec_driver_sql(statement.replace("%(table)s", table))
+        named = statement.replace("%(table)s", table.name).replace("%(key)s", key.name)
+        connection.exec_driver_sql(named)
 
 
 @contextmanager
@@ -417,11 +434,9 @@ def _where(query: sa.Select[Any], wanted: dict[sa.Column[Any], Any]) -> sa.Selec
 
 
 def _shown(url: sa.URL) -> str:
-    return url.render_as_string(hide_password=True)
-
-
-def _scheme(database_url: str) -> str:
-    return repr(database_url.partition("://")[0][:20])
+    """The address without what is secret in it, in either place that libpq reads a password from."""
+    secret = [name for name in url.query if "password" in name]
+    return url.update_query_dict(dict.fromkeys(secret, "***")).render_as_string(hide_password=True)
 
 
 def _now() -> str:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import IO, Protocol
 
 from perennial.errors import ChildFailed
 
@@ -47,6 +48,22 @@ def scrubbed_environment(*, network: bool = False, **extra: str) -> dict[str, st
     return inherited | extra
 
 
+class Child(Protocol):
+    """A process that was started: the leader of its own process group, its output a stream of lines."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def output(self) -> IO[str]: ...
+
+    def wait(self) -> int:
+        """The exit code, once it has ended; −N when signal N ended it."""
+
+
+Spawn = Callable[[Sequence[str], Path, Mapping[str, str]], Child]
+
+
 def run(
     argv: Sequence[str],
     *,
@@ -57,6 +74,7 @@ def run(
     what: str,
     allowed_codes: Sequence[int] = (0,),
     on_line: Callable[[str], None] | None = None,
+    spawn: Spawn | None = None,
 ) -> int:
     """Run a program to its end, its output going line by line to `log` and to `on_line`.
 
@@ -70,30 +88,18 @@ def run(
     started = time.monotonic()
     with log.open("a", encoding="utf-8") as sink:
         try:
-            child = subprocess.Popen(
-                [*_die_with_parent(), *argv],
-                cwd=cwd,
-                env=dict(environment),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-                start_new_session=True,
-            )
+            child = (spawn or _spawn)(argv, cwd, environment)
         except OSError as error:
             raise ChildFailed(f"{what}: {argv[0]} could not be started: {error.strerror}") from error
 
         def expire() -> None:
             expired.set()
-            _kill_group(child.pid)
+            kill_group(child.pid)
 
         timer = threading.Timer(timeout_seconds, expire)
         timer.start()
         try:
-            assert child.stdout is not None
-            for line in child.stdout:
+            for line in child.output:
                 sink.write(line)
                 sink.flush()
                 tail.append(line.rstrip("\n"))
@@ -101,12 +107,12 @@ def run(
                     on_line(line.rstrip("\n"))
             code = child.wait()
         except BaseException:
-            _kill_group(child.pid)
+            kill_group(child.pid)
             child.wait()
             raise
         finally:
             timer.cancel()
-            child.stdout.close() if child.stdout else None
+            child.output.close()
 
     if expired.is_set():
         raise ChildFailed(
@@ -176,13 +182,55 @@ os.execv(sys.argv[1], sys.argv[1:])
 """
 
 
+class _Spawned:
+    """A program of its own."""
+
+    def __init__(self, popen: subprocess.Popen[str]) -> None:
+        assert popen.stdout is not None
+        self.pid = popen.pid
+        self.output = popen.stdout
+        self.wait = popen.wait
+
+
+def _spawn(argv: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> Child:
+    return _Spawned(
+        subprocess.Popen(
+            [*_die_with_parent(), *argv],
+            cwd=cwd,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )
+    )
+
+
+def start_attached(
+    argv: Sequence[str], *, cwd: Path, environment: Mapping[str, str], descriptor: int
+) -> subprocess.Popen[bytes]:
+    """Start a program that holds one end of a socket pair of ours, and ends when ours is closed."""
+    return subprocess.Popen(
+        list(argv),
+        cwd=cwd,
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        pass_fds=(descriptor,),
+        start_new_session=True,
+    )
+
+
 def _die_with_parent() -> list[str]:
     """On Linux, a child must not outlive a parent that is killed: `kill -9` runs no clean-up of ours."""
     setpriv = shutil.which("setpriv")
     return [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
 
 
-def _kill_group(pid: int) -> None:
+def kill_group(pid: int) -> None:
+    """SIGKILL to a process and all it started; one that is gone is no error."""
     with suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
 

@@ -155,6 +155,17 @@ def _address(host: str, port: int) -> JsonObject:
     return {"socket_address": {"address": host, "port_value": port}}
 
 
+# What Envoy itself says for a service that is down, in the form of all other answers.
+_ERRORS_AS_JSON: JsonObject = {
+    "filter": {
+        "status_code_filter": {
+            "comparison": {"op": "GE", "value": {"default_value": 500, "runtime_key": "perennial.errors"}}
+        }
+    },
+    "body_format_override": {"json_format": {"error": "%LOCAL_REPLY_BODY%"}},
+}
+
+
 def _listener(environment: str, host: str, port: int, routes_file: Path) -> JsonObject:
     manager = {
         "@type": f"{_EXTENSION}.filters.network.http_connection_manager.v3.HttpConnectionManager",
@@ -168,6 +179,7 @@ def _listener(environment: str, host: str, port: int, routes_file: Path) -> Json
         "server_header_transformation": "PASS_THROUGH",
         "stream_idle_timeout": "0s",  # a route's timeout limits a request; a slow prediction is not idle
         "common_http_protocol_options": {"idle_timeout": "3600s"},
+        "local_reply_config": {"mappers": [_ERRORS_AS_JSON]},
         "http_filters": [
             {
                 "name": "envoy.filters.http.router",

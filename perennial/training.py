@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import msgspec
 
-from perennial import process
+from perennial import process, warm
 from perennial.config import Project
 from perennial.errors import ChildFailed, DataError, ProjectError
 from serving import contract
@@ -140,6 +140,7 @@ def run_tests(
         what="the run of the project's tests",
         allowed_codes=(0, 1, 5),  # 1: a test failed, 5: none was collected
         on_line=on_line,
+        spawn=warm.spawn,
     )
     if code == 5:
         raise ProjectError("pytest found no test under tests/", "at least one test")
@@ -190,6 +191,7 @@ def _run_trainer(
         what=what,
         allowed_codes=(0, contract.EXPLAINED_FAILURE),
         on_line=on_line,
+        spawn=warm.spawn,
     )
     if not result_path.is_file():
         raise ChildFailed(f"{what} ended with code {code} and no result", "a result file")

@@ -138,3 +138,24 @@ class Result(msgspec.Struct, frozen=True):
     train_seconds: float = 0.0
     format: str = ""  # how the model was saved: "skops" or "own"
     parameters: dict[str, str] = {}
+
+
+class ChildRequest(msgspec.Struct, frozen=True):
+    """To `serving.warm`: run `module` as `python -m module *arguments` would, with exactly `environment`."""
+
+    module: str
+    arguments: tuple[str, ...]
+    cwd: str
+    environment: dict[str, str]
+
+
+class ChildStarted(msgspec.Struct, frozen=True):
+    """From `serving.warm`: the child's process id, which is its process group too."""
+
+    pid: int
+
+
+class ChildEnded(msgspec.Struct, frozen=True):
+    """From `serving.warm`: the child's exit code; −N when signal N ended it."""
+
+    code: int

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
-import gc
 import inspect
 import logging
 import re
@@ -20,7 +18,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.runtime import flow_run
 from prefect.states import Failed, State
 
-from perennial import environments, releases, snapshot, source
+from perennial import environments, releases, snapshot, source, warm
 from perennial.config import Project
 from perennial.errors import PerennialError
 from perennial.journal import Journal, open_journal
@@ -53,28 +51,18 @@ def explained(flow_body: Callable[P, R]) -> Callable[P, R | State[Any]]:
 
     @functools.wraps(flow_body)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R | State[Any]:
-        _spare_the_collector()
         for name in ("prefect.task_runs", "prefect.flow_runs"):
             logging.getLogger(name).addFilter(_WITHOUT_TRACEBACK)
         try:
             return flow_body(*args, **kwargs)
         except PerennialError as error:
             return Failed(message=str(error), data=error)
+        finally:
+            warm.close()
 
     # Prefect validates parameters by their annotations, and would look their names up in this module.
     wrapped.__signature__ = inspect.signature(flow_body, eval_str=True)  # type: ignore[attr-defined]
     return wrapped
-
-
-@lru_cache(maxsize=1)
-def _spare_the_collector() -> None:
-    """A run's process is short and imports a million objects that stay until its end.
-
-    The garbage collector's rounds through them, and the last one at the exit, cost more CPU than most tasks.
-    """
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
-    atexit.register(gc.freeze)
 
 
 def same_end(of: State[Any]) -> State[Any]:

@@ -61,4 +61,4 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'journal.db'}"
     server: Postgres = request.getfixturevalue("postgres_server")
-    return server.new_database()
+    return server.new_schema()

@@ -137,14 +137,15 @@ class Postgres:
             self._process = None
 
     def url(self, database: str = "postgres", password: str = "") -> str:
+        """The URL of a database. Any password will do."""
         user = f"perennial:{password}" if password else "perennial"
         return f"postgresql+psycopg://{user}@127.0.0.1:{self.port}/{database}"
 
-    def new_database(self, password: str = "") -> str:
-        """The URL of an empty database. Any password will do."""
+    def new_schema(self, password: str = "") -> str:
+        """The URL of an empty schema: to its user like a database of its own, without the 300 files."""
         name = f"test_{uuid4().hex}"
-        self.execute(f"CREATE DATABASE {name}")
-        return self.url(name, password)
+        self.execute(f"CREATE SCHEMA {name}")
+        return f"{self.url(password=password)}?options=-csearch_path%3D{name}"
 
     def execute(self, statement: str) -> None:
         engine = sa.create_engine(self.url(), isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)

@@ -10,6 +10,8 @@ from urllib.error import HTTPError
 
 import pytest
 
+from perennial import rollout
+from perennial.targets import ProcessTarget
 from perennial.values import Artifact, Release
 from tests.flows.conftest import MakeProject
 from tests.flows.house import House
@@ -97,6 +99,29 @@ def test_deploying_the_active_release_again_changes_nothing(
     assert load.all_answered_by(shop.old.release_id)
     assert house.status(shop.name) == before, "the process that serves was not restarted"
     assert house.journal.decisions(shop.name) == decisions
+
+
+def test_a_candidate_that_a_killed_deploy_left_running_is_gone_after_the_next_one(
+    house: House, shop: Shop, old_serves: None
+) -> None:
+    from tasks import edge
+
+    rollout.start(
+        house.settings,
+        house.journal,
+        ProcessTarget(house.settings),
+        shop.new,
+        "test",
+        edge.release_folder(shop.new),
+        edge.environment_python(shop.new.environment),
+        edge.store_environment(),
+    )
+    assert set(house.instances(shop.name)) == {shop.old.release_id, shop.new.release_id}
+    assert house.ask(shop.name)["release_id"] == shop.old.release_id, "no traffic before it is proven"
+    left = house.status(shop.name)[shop.new.release_id]
+    run = house.deploy(shop.name, shop.new.release_id)
+    assert run.kind == "COMPLETED", run.message
+    assert house.status(shop.name) == {shop.new.release_id: left}, "the one that runs is proven and used"
 
 
 def test_a_release_that_does_not_exist_is_refused_with_those_that_do(

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from perennial import router
 from perennial.errors import RolloutError
+from perennial.installation import down
 from perennial.settings import Settings
 from perennial.targets import ProcessTarget, Running
 from perennial.values import Endpoint
@@ -224,3 +226,16 @@ def test_an_endpoint_that_does_not_answer_is_named(here: Settings, target: Proce
         router.apply(here, {"test": {"toy": [alive, absent]}}, timeout_seconds=1.5)
     said = {call(f"{here.router_url('test')}/toy/predict", {})[1]["release_id"] for _ in range(10)}
     assert said == {alive.release_id}
+
+
+def test_down_lets_services_answer_before_the_router_goes(tmp_path: Path) -> None:
+    here = own_settings(tmp_path / "home")
+    target = ProcessTarget(here)
+    with running(here, ["envoy"]), ThreadPoolExecutor() as pool:
+        endpoint = serve(here, target, "a")
+        route(here, endpoint)
+        slow = pool.submit(call, f"{here.router_url('test')}/toy/predict", {"seconds": 2.0})
+        time.sleep(0.5)
+        down(here, say=lambda line: None)
+        status, answer, _ = slow.result()
+    assert (status, answer["release_id"]) == (200, endpoint.release_id)

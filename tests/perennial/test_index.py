@@ -253,7 +253,7 @@ def test_it_installs_by_hash_and_refuses_other_bytes(
     for version in (VERSION, "1.0+gfedcba987654", "2.0"):
         wheel = a_wheel(tmp_path, "toy-two", version, requires_python=">=3.11")
         index.publish(directory_store, wheel)
-    index.publish(directory_store, a_wheel(tmp_path, "toy-two", "3.0", requires_python="<3"))
+    index.publish(directory_store, a_wheel(tmp_path, "toy-two", "3.0", requires_python=">=4"))
     install = [*installer(tmp_path), "--index-url", f"{served}/simple/", "--require-hashes"]
 
     def try_to_install(version: str, target: str) -> subprocess.CompletedProcess[str]:

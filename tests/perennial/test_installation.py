@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -156,9 +156,10 @@ def test_a_taken_port_is_named_with_who_holds_it_and_what_to_run(here: Settings)
 
 def test_a_port_taken_while_a_part_was_down_is_named_too(here: Settings) -> None:
     up(here, "storefront")
-    with socket.create_server(("127.0.0.1", here.router_admin_port)):
-        with pytest.raises(InstallationError, match=f"port {here.router_admin_port} for envoy is taken"):
-            up(here, "envoy", "storefront")
+    port = here.router_admin_port
+    taken = pytest.raises(InstallationError, match=f"port {port} for envoy is taken")
+    with socket.create_server(("127.0.0.1", port)), taken:
+        up(here, "envoy", "storefront")
     assert states(here)["storefront"][0] in ("STARTING", "RUNNING")
 
 
@@ -281,5 +282,4 @@ def test_secrets_of_the_configuration_are_for_its_owner_only(here: Settings) -> 
     up(here)
     holding = [path for path in here.root.rglob("*.conf") if "secret" in path.read_text()]
     assert holding
-    readable: Callable[[Path], int] = lambda path: path.stat().st_mode & 0o077  # noqa: E731
-    assert [readable(path) for path in holding] == [0] * len(holding)
+    assert [path for path in holding if path.stat().st_mode & 0o077] == []

@@ -1,15 +1,16 @@
-"""What browsers and package clients get of the store, and what nobody gets, from the storefront as it runs."""
+"""What browsers and package clients get of the store, and what nobody gets, from the running storefront."""
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from starlette.testclient import TestClient
 
 from perennial.journal import Journal, open_journal
 from perennial.probe import Answer, probe
@@ -218,8 +219,13 @@ def test_an_unknown_release_is_a_404_that_says_so(
 def test_a_journal_that_is_away_is_a_503_with_the_next_step(here: Settings, tmp_path: Path) -> None:
     journal = open_journal(f"sqlite:///{tmp_path / 'journal.db'}")
     (tmp_path / "journal.db").write_bytes(b"no database" * 1000)
-    client = TestClient(create_app(open_store(here.store), journal, here))
-    answer = client.get(f"/releases/toy/{RELEASE}")
+    app = create_app(open_store(here.store), journal, here)
+
+    async def get(path: str) -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+            return await client.get(path)
+
+    answer = asyncio.run(get(f"/releases/toy/{RELEASE}"))
     assert answer.status_code == 503
     assert "cannot be used" in answer.json()["error"] and "Next: " in answer.json()["error"]
-    assert client.get("/simple/").status_code == 200
+    assert asyncio.run(get("/simple/")).status_code == 200

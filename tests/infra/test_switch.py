@@ -1,0 +1,196 @@
+"""Switches as the journal decides them, on the real router and target, under load and after accidents."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perennial import rollout, router
+from perennial.errors import RolloutError
+from perennial.journal import Journal, open_journal
+from perennial.settings import Settings
+from perennial.supervision import Supervisor
+from perennial.targets import ProcessTarget
+from perennial.values import Endpoint, Release
+from tests.installations import call, instance, load, own_settings, running, until
+from tests.releases import a_release
+
+RATE = 250  # requests per second
+
+
+class World:
+    """One installation and its journal."""
+
+    def __init__(self, here: Settings, database: Path) -> None:
+        self.here = here
+        self.journal: Journal = open_journal(f"sqlite:///{database}")
+        self.target = ProcessTarget(here)
+
+    def start(self, letter: str, *options: str, project: str = "toy") -> Release:
+        """A release whose candidate is ready."""
+        release = a_release(release_id=f"{project}-{letter * 12}", project=project)
+        self.journal.enable_project(project, "/repository")
+        self.journal.record_release(release)
+        self.target.wait_ready(
+            self.target.start(instance(self.here, letter, *options, project=project)), 20.0
+        )
+        return release
+
+    def switch(self, release: Release) -> None:
+        rollout.switch(self.here, self.journal, self.target, release, "test")
+
+    def deploy(self, letter: str, *options: str, project: str = "toy") -> str:
+        release = self.start(letter, *options, project=project)
+        self.switch(release)
+        rollout.retire(self.journal, self.target, project, "test")
+        return release.release_id
+
+    def url(self, project: str = "toy") -> str:
+        return f"{self.here.router_url('test')}/{project}/predict"
+
+    def ask(self, project: str = "toy") -> Any:
+        status, answer, _ = call(self.url(project), {})
+        return answer["release_id"] if status == 200 else (status, list(answer))
+
+    def endpoint(self, release_id: str) -> Endpoint:
+        found = {r.endpoint.release_id: r.endpoint for r in self.target.instances()}
+        return found[release_id]
+
+    def running(self) -> set[str]:
+        return {r.endpoint.release_id for r in self.target.instances()}
+
+
+@pytest.fixture(scope="module")
+def _running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    with running(own_settings(tmp_path_factory.mktemp("switch") / "home"), ["envoy"]) as here:
+        yield here
+
+
+@pytest.fixture
+def world(_running: Settings, tmp_path: Path) -> Iterator[World]:
+    world = World(_running, tmp_path / "journal.db")
+    yield world
+    router.apply(_running, {})
+    for service in world.target.instances():
+        world.target.stop(service.endpoint.name, 1.0)
+
+
+@pytest.mark.slow
+def test_three_deployments_and_a_rollback_under_load_lose_no_request(world: World, tmp_path: Path) -> None:
+    releases = [world.deploy("a")]
+    with load(world.url(), RATE, tmp_path / "body") as outcome:
+        for letter in "bcda":
+            time.sleep(1.0)
+            releases.append(world.deploy(letter))
+        time.sleep(1.0)
+    assert outcome["failures"] == [], outcome["failures"][:5]
+    assert set(outcome["releases"]) == set(releases)
+    assert outcome["requests"] / outcome["seconds"] >= 200, outcome
+    assert world.running() == {releases[-1]}
+    print({name: outcome[name] for name in ("requests", "seconds", "releases", "slowest_seconds")})
+
+
+def test_a_release_that_is_down_can_be_replaced(world: World) -> None:
+    """When the active release has died for good is when a deployment matters most."""
+    old = world.deploy("a")
+    Supervisor(world.here).stop(world.endpoint(old).name)
+    until(lambda: world.ask() == (503, ["error"]), 10, "the outage")
+    began = time.monotonic()
+    new = world.deploy("b")
+    assert time.monotonic() - began < 10
+    assert world.ask() == new
+    assert world.running() == {new}
+
+
+def test_another_service_that_is_down_does_not_stand_in_the_way(world: World) -> None:
+    other = world.deploy("c", project="other")
+    first = world.deploy("a")
+    Supervisor(world.here).stop(world.endpoint(other).name)
+    until(lambda: world.ask("other") == (503, ["error"]), 10, "the outage")
+    began = time.monotonic()
+    second = world.deploy("b")
+    assert time.monotonic() - began < 10
+    assert (first != second) and world.ask() == second
+    rollout.reconcile(world.here, world.journal, world.target)
+    assert world.ask() == second
+
+
+def test_a_candidate_that_died_since_it_was_proven_is_not_switched_to(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router, "apply", partial(router.apply, timeout_seconds=2.0))
+    old = world.deploy("a")
+    candidate = world.start("b")
+    name = world.endpoint(candidate.release_id).name
+    Supervisor(world.here).stop(name)
+    until(lambda: (found := Supervisor(world.here).process(name)) and found.is_down, 10, "its end")
+    with pytest.raises(RolloutError, match="is not healthy"):
+        world.switch(candidate)
+    assert world.journal.active("toy", "test") == old
+    assert {world.ask() for _ in range(10)} == {old}
+    rollout.reconcile(world.here, world.journal, world.target)
+    assert world.running() == {old}
+
+
+def test_two_services_deployed_at_once_do_not_undo_one_another(world: World) -> None:
+    for project in ("toy", "other"):
+        world.deploy("a", project=project)
+    for letter in "bc":
+        releases = [world.start(letter, project=project) for project in ("toy", "other")]
+        together = threading.Barrier(2)
+
+        def switch(release: Release, together: threading.Barrier = together) -> None:
+            together.wait()
+            world.switch(release)
+            rollout.retire(world.journal, world.target, release.project, "test")
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(switch, releases))
+        for release in releases:
+            assert {world.ask(release.project) for _ in range(5)} == {release.release_id}
+    assert len(world.running()) == 2
+
+
+@pytest.mark.parametrize("written", ["before the decision", "after the decision"])
+def test_a_switch_that_was_killed_is_finished_or_undone_by_reconciling(world: World, written: str) -> None:
+    """Killed with both releases in the router: the journal says which one it is."""
+    old = world.deploy("a")
+    new = world.start("b").release_id
+    both = [world.endpoint(old), world.endpoint(new)]
+    router.apply(world.here, {"test": {"toy": both}})
+    if written == "after the decision":
+        world.journal.decide(project="toy", environment="test", kind="promoted", release_id=new)
+    rollout.reconcile(world.here, world.journal, world.target)
+    wanted = new if written == "after the decision" else old
+    assert {world.ask() for _ in range(10)} == {wanted}
+    assert world.running() == {wanted}
+
+
+def test_long_requests_are_answered_by_the_release_that_took_them(world: World) -> None:
+    old = world.deploy("a")
+    with ThreadPoolExecutor(8) as pool:
+        slow = [pool.submit(call, world.url(), {"seconds": 3.0}) for _ in range(8)]
+        time.sleep(0.5)
+        new = world.deploy("b")  # which stops the old one, once it has answered
+        assert world.running() == {new}
+        answers = [one.result() for one in slow]
+    assert {(status, answer["release_id"]) for status, answer, _ in answers} == {(200, old)}
+    assert world.ask() == new
+
+
+def test_a_killed_process_of_the_only_release_comes_back_by_itself(world: World) -> None:
+    only = world.deploy("a")
+    [service] = world.target.instances()
+    until(lambda: world.target.instances()[0].state == "RUNNING", 5, "a second of life")
+    os.kill(service.pid, signal.SIGKILL)
+    until(lambda: world.target.instances()[0].pid not in (0, service.pid), 10, "a new process")
+    until(lambda: world.ask() == only, 10, "its answer")
