@@ -413,7 +413,7 @@ def _start(
     """Start parts side by side and wait for each; the worker after the server, without which it gives up."""
     before = supervisor.processes()
     waiting = {part.name: part for part in parts}
-    held_back = {"prefect-worker"} if "prefect-server" in waiting else set()
+    held_back = {"prefect-worker"} & waiting.keys()
     for name in waiting.keys() - held_back:
         supervisor.start(name)
     width = max(map(len, waiting), default=0)

@@ -331,7 +331,8 @@ def open_journal(database_url: str) -> Journal:
 
 
 def _unreadable(database_url: str) -> InstallationError:
-    scheme = re.match(r"[a-z0-9+]{1,20}://", database_url)  # and no more of it, since what follows may be secret
+    # No more of it than this: what follows may be secret.
+    scheme = re.match(r"[a-z0-9+]{1,20}://", database_url)
     return InstallationError(
         f"cannot read the journal's address {scheme[0] if scheme else ''}…",
         expected="sqlite:////absolute/file.db or postgresql+psycopg://user:password@host/database",
@@ -377,19 +378,16 @@ def _create_or_check(connection: sa.Connection, shown: str) -> None:
         # Two processes may find an empty database at once; on SQLite the second waits to begin.
         connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtext('perennial_schema'))")
     tables = set(sa.inspect(connection).get_table_names())
-    if SCHEMA.name in tables:
-        found = str(connection.execute(sa.select(SCHEMA.c.version)).scalar() or "of no version")
-    else:
-        found = "of no version" if tables & set(METADATA.tables) else ""
-    if not found:
+    version = connection.execute(sa.select(SCHEMA.c.version)).scalar() if SCHEMA.name in tables else None
+    if not tables & set(METADATA.tables):
         METADATA.create_all(connection)
         for table in (RELEASES, DECISIONS):
             _make_append_only(connection, table)
         connection.execute(sa.insert(SCHEMA).values(version=SCHEMA_VERSION))
-    elif found != str(SCHEMA_VERSION):
-        newer = found.isdigit() and int(found) > SCHEMA_VERSION
+    elif version != SCHEMA_VERSION:
+        newer = version is not None and version > SCHEMA_VERSION
         raise InstallationError(
-            f"the journal at {shown} has schema {found}",
+            f"the journal at {shown} has schema {'of no version' if version is None else version}",
             expected=f"schema {SCHEMA_VERSION}, as this version of Perennial writes it",
             next_command="git pull && make up, for the version of Perennial that wrote it"
             if newer

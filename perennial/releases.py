@@ -6,6 +6,7 @@ import hashlib
 import json
 import stat
 import zipfile
+import zlib
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
@@ -202,17 +203,28 @@ def _fill(store: Store, release: Release, package: Package, directory: Path) -> 
 
 def _unpack(wheel: Path, site: Path) -> None:
     """Write the wheel's files below `site`; nothing is written when one of them would be elsewhere."""
-    with zipfile.ZipFile(wheel) as archive:
-        for member in archive.infolist():
-            path = PurePosixPath(member.filename)
-            linked = stat.S_ISLNK(member.external_attr >> 16)
-            if path.is_absolute() or ".." in path.parts or "\\" in member.filename or linked:
-                raise ReleaseError(
-                    f"the wheel {wheel.name} would write outside its folder: {member.filename!r}",
-                    expected="relative paths, no links",
-                    next_command="build the release again from a source you trust",
-                )
-        archive.extractall(site)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for member in archive.infolist():
+                _check_member(wheel.name, member)
+            archive.extractall(site)
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise ReleaseError(
+            f"the wheel {wheel.name} cannot be unpacked: {error}",
+            expected="a wheel that a build made",
+            next_command="raise [project] version in pyproject.toml, commit and build again",
+        ) from None
+
+
+def _check_member(wheel: str, member: zipfile.ZipInfo) -> None:
+    path = PurePosixPath(member.filename)
+    linked = stat.S_ISLNK(member.external_attr >> 16)
+    if path.is_absolute() or ".." in path.parts or "\\" in member.filename or linked:
+        raise ReleaseError(
+            f"the wheel {wheel} would write outside its folder: {member.filename!r}",
+            expected="relative paths, no links",
+            next_command="build the release again from a source you trust",
+        )
 
 
 def _same(new: Path, old: Path) -> bool:

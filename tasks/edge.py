@@ -6,6 +6,8 @@ import functools
 import inspect
 import logging
 import re
+import shutil
+import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +27,8 @@ from perennial.journal import Journal, open_journal
 from perennial.settings import object_store_environment, settings
 from perennial.store import Store, StoreCredentials, open_store
 from perennial.values import Dataset, ModelEnvironment, Release, Source
+
+_KEEP_WORK_SECONDS = 7 * 86_400  # of a failed run: long enough to look at its logs
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -134,6 +138,14 @@ def work_folder() -> Path:
     folder = settings().root / "work" / str(flow_run.id)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def clear_work() -> None:
+    """Remove this run's folder, once what matters is in the store, and what failed runs left long ago."""
+    shutil.rmtree(work_folder(), ignore_errors=True)
+    for folder in (settings().root / "work").iterdir():
+        if time.time() - folder.stat().st_mtime > _KEEP_WORK_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def project_folder(of: Source) -> Path:

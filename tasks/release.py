@@ -56,6 +56,7 @@ def write_release(release: Release) -> Release:
         description=f"{written.status}: {written.gates.summary}",
     )
     get_run_logger().info("%s: %s, %s", written.release_id, written.status, written.gates.summary)
+    edge.clear_work()
     return written
 
 

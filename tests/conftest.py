@@ -12,6 +12,18 @@ from perennial.store import Store, open_store
 from tests.services import POSTGRES_INSTALL, Postgres, S3Server, postgres, postgres_binaries, seaweedfs
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "server: needs SeaweedFS or Postgres (set by itself)")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        kinds = {value for value in parameters if isinstance(value, str)}
+        if {"s3", "postgres"} & kinds or {"s3_server", "postgres_server"} & set(item.fixturenames):
+            item.add_marker("server")
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     with seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as server:
@@ -23,7 +35,9 @@ def postgres_server() -> Iterator[Postgres]:
     binaries = postgres_binaries()
     if binaries is None:
         missing = f"Postgres is not installed: {POSTGRES_INSTALL}"
-        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
+        if os.environ.get("CI"):
+            pytest.fail(missing)
+        pytest.skip(missing)
     with postgres(binaries) as server:
         yield server
 

@@ -1,4 +1,4 @@
-"""Real servers for tests: SeaweedFS behind the S3 API, and Postgres. Each in a folder of its own, on free ports."""
+"""Real servers for tests, on free ports: SeaweedFS behind the S3 API, and Postgres."""
 
 from __future__ import annotations
 
@@ -29,13 +29,17 @@ READY_SECONDS = 60
 POSTGRES_INSTALL = "apt-get install -y --no-install-recommends postgresql"
 
 
+OWNER = StoreCredentials("owner", "owner-secret-Zq8", region="us-east-1")
+READER = StoreCredentials("reader", "reader-secret-Zq8", region="us-east-1")
+
+
 @dataclass(frozen=True)
 class S3Server:
     """An S3 API, and who may do what there."""
 
     url: str
-    owner: StoreCredentials = StoreCredentials("owner", "owner-secret-Zq8", region="us-east-1")
-    reader: StoreCredentials = StoreCredentials("reader", "reader-secret-Zq8", region="us-east-1")
+    owner: StoreCredentials = OWNER
+    reader: StoreCredentials = READER
 
     def open(self, prefix: str = "", bucket: str = "tests") -> Store:
         """A store of its own, unless a prefix is given."""
@@ -115,7 +119,13 @@ class Postgres:
         self._as = ["setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups"] if _root() else []
         if _root():
             shutil.chown(folder, "postgres")
-        make = [binaries / "initdb", "--pgdata", self._data, "--username=perennial", "--auth=trust"]
+        make: list[str | Path] = [
+            binaries / "initdb",
+            "--pgdata",
+            self._data,
+            "--username=perennial",
+            "--auth=trust",
+        ]
         make += ["--encoding=UTF8", "--no-locale", "--no-sync"]
         subprocess.run([*self._as, *make], cwd="/", check=True, stdout=subprocess.DEVNULL)
 
@@ -123,7 +133,13 @@ class Postgres:
         settings = {"listen_addresses": "127.0.0.1", "port": self.port, "unix_socket_directories": ""}
         # What is committed must outlive the server's processes here, not the machine.
         settings |= {"fsync": "off", "max_connections": 200, "shared_buffers": "16MB"}
-        command = [*self._as, *_die_with_parent(), self._binaries / "postgres", "-D", self._data]
+        command: list[str | Path] = [
+            *self._as,
+            *_die_with_parent(),
+            self._binaries / "postgres",
+            "-D",
+            self._data,
+        ]
         for name, value in settings.items():
             command += ["-c", f"{name}={value}"]
         self._process = start(command, self._output, cwd=Path("/"))
@@ -190,9 +206,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def start(
-    command: Sequence[str | Path], output: Path, cwd: Path | None = None
-) -> subprocess.Popen[bytes]:
+def start(command: Sequence[str | Path], output: Path, cwd: Path | None = None) -> subprocess.Popen[bytes]:
     with output.open("ab") as sink:
         return subprocess.Popen(
             command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT

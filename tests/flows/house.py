@@ -341,13 +341,15 @@ def until(true: Callable[[], T], seconds: float, what: str) -> T:
 
 
 def processes(*words: str) -> list[int]:
-    """The ids of the processes that have all these words in their command line."""
+    """The ids of the processes with all these words in command line, environment and working directory."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if (process / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
                 continue
-            said = (process / "cmdline").read_bytes()
+            said = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+            said += os.fsencode((process / "cwd").readlink())
+            said = said.replace(b"\0", b" ")
         except OSError:
             continue
         if all(word.encode() in said for word in words):

@@ -42,9 +42,7 @@ def test_training_that_hangs_is_stopped_at_its_limit(house: House, enabled: Make
     assert run.explains("an end within 5 s, the limit of this step", "[tool.perennial.limits]")
     assert run.stopped_in("train_model")
     assert house.published_nothing("hanging")
-    assert not processes("serving.trainer", str(house.settings.root)), (
-        "the hanging process outlived its limit"
-    )
+    assert not processes("serving.", str(run.id)), "the hanging process outlived its limit"
 
 
 def test_a_run_whose_training_was_killed_is_retried_from_that_step(
@@ -85,14 +83,14 @@ def test_a_build_whose_own_process_was_killed_crashes_and_a_retry_ends_in_the_sa
     loaded = calls.read_text()
 
     run_id = house.start("build/flights", project="crashed", as_of=AS_OF.isoformat())
-    trainer = until(lambda: processes("serving.trainer", "train.request.json", str(run_id)), 60, "training")
+    trainer = until(lambda: processes("serving.", f"work/{run_id}"), 60, "training")
     until(lambda: "training on" in house.read(run_id).log, 20, "the training's first lines")
-    (flow,) = processes("prefect.engine")
+    (flow,) = processes("-m flows", str(house.settings.root))
     kill(flow)
     crashed = house.wait(run_id, 60)
     assert (crashed.kind, crashed.name) == ("CRASHED", "Crashed")
     assert "exit" in crashed.message.lower()
-    until(lambda: not processes("serving.trainer", str(run_id)), 5, f"the end of the training {trainer}")
+    until(lambda: not processes("serving.", f"work/{run_id}"), 5, f"the end of the training {trainer}")
 
     may_train.touch()
     house.retry(run_id)

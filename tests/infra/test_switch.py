@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -173,24 +171,3 @@ def test_a_switch_that_was_killed_is_finished_or_undone_by_reconciling(world: Wo
     wanted = new if written == "after the decision" else old
     assert {world.ask() for _ in range(10)} == {wanted}
     assert world.running() == {wanted}
-
-
-def test_long_requests_are_answered_by_the_release_that_took_them(world: World) -> None:
-    old = world.deploy("a")
-    with ThreadPoolExecutor(8) as pool:
-        slow = [pool.submit(call, world.url(), {"seconds": 3.0}) for _ in range(8)]
-        time.sleep(0.5)
-        new = world.deploy("b")  # which stops the old one, once it has answered
-        assert world.running() == {new}
-        answers = [one.result() for one in slow]
-    assert {(status, answer["release_id"]) for status, answer, _ in answers} == {(200, old)}
-    assert world.ask() == new
-
-
-def test_a_killed_process_of_the_only_release_comes_back_by_itself(world: World) -> None:
-    only = world.deploy("a")
-    [service] = world.target.instances()
-    until(lambda: world.target.instances()[0].state == "RUNNING", 5, "a second of life")
-    os.kill(service.pid, signal.SIGKILL)
-    until(lambda: world.target.instances()[0].pid not in (0, service.pid), 10, "a new process")
-    until(lambda: world.ask() == only, 10, "its answer")

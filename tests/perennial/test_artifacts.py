@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -228,6 +229,20 @@ def test_a_damaged_cache_is_repaired(s3_store: Store, folder: Path, file: Path, 
     assert [path.name for path in copy.parent.iterdir()] == ["d"]
 
 
+def test_who_repairs_waits_for_who_is_repairing(s3_store: Store, folder: Path, tmp_path: Path) -> None:
+    whole = artifacts.put_directory(s3_store, "x/d", folder)
+    copy = artifacts.open_local(s3_store, whole, tmp_path / "cache")
+    (copy / "zero").write_bytes(b"1")
+    with ThreadPoolExecutor(1) as pool:
+        with artifacts.alone_in(copy.parent):
+            waiting = pool.submit(artifacts.open_local, s3_store, whole, tmp_path / "cache")
+            time.sleep(0.2)
+            assert not waiting.done() and (copy / "zero").read_bytes() == b"1"
+            (copy / "zero").write_bytes(FILES["zero"])
+            repaired = copy.stat().st_ino
+        assert waiting.result(10) == copy and copy.stat().st_ino == repaired
+
+
 def test_a_store_that_was_altered_in_place_is_refused(
     directory_store: Store, folder: Path, tmp_path: Path
 ) -> None:
@@ -249,9 +264,7 @@ def test_a_folder_that_cannot_be_copied_is_refused_and_nothing_is_written(
     assert directory_store.list() == []
 
 
-def test_an_artifact_of_another_store_is_refused(
-    directory_store: Store, file: Path, tmp_path: Path
-) -> None:
+def test_an_artifact_of_another_store_is_refused(directory_store: Store, file: Path, tmp_path: Path) -> None:
     kept = artifacts.put_file(open_store((tmp_path / "other store").as_uri()), "x/f", file)
     with pytest.raises(ReleaseError, match="is not in this installation's store"):
         artifacts.fetch(directory_store, kept, tmp_path / "back")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -103,6 +104,30 @@ def test_two_publishers_at_once_leave_complete_pages(store: Store, tmp_path: Pat
                 assert all(file["filename"] in html for file in page(store, name)["files"])
     root = store.get("simple/index.html").decode()
     assert all(f'href="{name}/"' in root for name in names)
+
+
+@pytest.mark.parametrize("name", ["toy", "toy-two"])
+@pytest.mark.parametrize("at", ["simple/index.html", "simple/toy/index.html", "simple/toy/index.json"])
+def test_a_publisher_that_listed_before_another_came_writes_again(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, name: str
+) -> None:
+    late = copy.copy(store)
+    other = a_wheel(tmp_path, name, "2.0")
+    overtaken: list[str] = []
+
+    def put_bytes(key: str, data: bytes) -> None:
+        if key == at and not overtaken:  # what is to be written was listed; now the other one does it all
+            overtaken.append(index.publish(store, other).name)
+        store.put_bytes(key, data)
+
+    monkeypatch.setattr(late, "put_bytes", put_bytes)
+    index.publish(late, a_wheel(tmp_path, "toy", "1.0"))
+    assert overtaken == [name]
+    assert page(store)["versions"] == (["1.0", "2.0"] if name == "toy" else ["1.0"])
+    for file in page(store)["files"]:
+        assert file["filename"] in store.get("simple/toy/index.html").decode()
+    assert f'href="{name}/"' in store.get("simple/index.html").decode()
+    assert 'href="toy/"' in store.get("simple/index.html").decode()
 
 
 def test_of_two_that_publish_other_bytes_at_once_one_is_refused(store: Store, tmp_path: Path) -> None:

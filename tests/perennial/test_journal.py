@@ -164,7 +164,7 @@ def test_the_database_itself_refuses_to_change_what_was_decided(
     journal.record_release(release(status="rejected"))
     journal.decide(project="toy", kind="withdrawn", environment="test", release_id="toy-0")
     before = (journal.decisions(), journal.releases())
-    with pytest.raises(sa.exc.DBAPIError, match="(decisions|releases) is append-only"):
+    with pytest.raises(sa.exc.DBAPIError, match=r"(decisions|releases) is append-only"):
         execute(database_url, statement)
     assert (journal.decisions(), journal.releases()) == before
 
@@ -215,7 +215,7 @@ def test_promoting_the_active_release_again_does_not_make_it_its_own_previous(jo
 def test_a_candidate_that_is_withdrawn_changes_nothing(journal: Journal) -> None:
     promote(journal, 1)
     for kind in ("candidate", "withdrawn", "approved", "declined", "retrain"):
-        journal.decide(project="toy", kind=kind, environment="test", release_id=release(2).release_id)  # type: ignore[arg-type]
+        journal.decide(project="toy", kind=kind, environment="test", release_id=release(2).release_id)
     assert journal.active("toy", "test") == release(1).release_id and journal.previous("toy", "test") is None
 
 
@@ -471,6 +471,14 @@ def test_postgres_may_restart_and_nothing_that_was_committed_is_lost(postgres_se
     assert journal.decide(project="toy", kind="candidate") > positions[-1]
 
 
+def test_a_restart_that_nobody_noticed_is_no_error(postgres_server: Postgres) -> None:
+    journal = open_journal(postgres_server.new_schema())
+    position = journal.decide(project="toy", kind="candidate")
+    postgres_server.kill()
+    postgres_server.start()
+    assert journal.decide(project="toy", kind="candidate") > position
+
+
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
 def test_every_way_to_write_a_postgres_address_is_understood(postgres_server: Postgres, scheme: str) -> None:
     url = postgres_server.new_schema().replace("postgresql+psycopg", scheme)
@@ -517,7 +525,11 @@ def test_a_file_that_is_no_database_is_explained(tmp_path: Path) -> None:
     (tmp_path / "journal.db").write_bytes(b"not a database, and longer than a header of sixteen bytes" * 20)
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
-    for path, words in (("journal.db", "not a database"), ("file/journal.db", "cannot be made"), ("folder", "open")):
+    for path, words in (
+        ("journal.db", "not a database"),
+        ("file/journal.db", "cannot be made"),
+        ("folder", "open"),
+    ):
         with pytest.raises(InstallationError, match=words) as refused:
             open_journal(f"sqlite:///{tmp_path / path}")
         assert str(tmp_path) in str(refused.value)

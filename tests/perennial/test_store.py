@@ -26,7 +26,22 @@ ODD_KEYS = (
     "...",
     "-x",
 )
-BAD_KEYS = ("", "/a", "a/", "a//b", ".", "..", "a/../b", "./a", "a\\b", "a\nb", "a\x00", "a\x7f", "a#1", "a#12/b")
+BAD_KEYS = (
+    "",
+    "/a",
+    "a/",
+    "a//b",
+    ".",
+    "..",
+    "a/../b",
+    "./a",
+    "a\\b",
+    "a\nb",
+    "a\x00",
+    "a\x7f",
+    "a#1",
+    "a#12/b",
+)
 SECRET = "hunter2-hunter2"
 
 
@@ -240,7 +255,16 @@ def test_a_folder_that_cannot_be_written_to_is_an_installation_error(tmp_path: P
 
 @pytest.mark.parametrize(
     "url",
-    ["", "/absolute", "file:///", "file://relative/folder", "s3:///prefix", "gs://bucket", "s3://b/../c", "s3://b/x//y"],
+    [
+        "",
+        "/absolute",
+        "file:///",
+        "file://relative/folder",
+        "s3:///prefix",
+        "gs://bucket",
+        "s3://b/../c",
+        "s3://b/x//y",
+    ],
 )
 def test_an_address_that_names_no_store_is_refused_with_two_that_do(url: str) -> None:
     with pytest.raises(InstallationError, match="cannot read the store's address") as refused:
@@ -282,7 +306,9 @@ def test_an_endpoint_that_accepts_and_says_nothing_is_told_in_time(no_aws: None)
         assert time.monotonic() - began < 15
 
 
-@pytest.mark.parametrize("endpoint", ["127.0.0.1:8333", "not a url", "ftp://127.0.0.1", f"http://u:{SECRET}@127.0.0.1:1"])
+@pytest.mark.parametrize(
+    "endpoint", ["127.0.0.1:8333", "not a url", "ftp://127.0.0.1", f"http://u:{SECRET}@127.0.0.1:1"]
+)
 def test_an_endpoint_that_is_no_http_address_is_refused(no_aws: None, endpoint: str) -> None:
     with pytest.raises(InstallationError, match="cannot read the address of the S3 API") as refused:
         open_store("s3://tests/x", endpoint_url=endpoint, credentials=_keys("key"))
@@ -345,7 +371,7 @@ def test_a_missing_bucket_of_an_own_server_is_made_once(s3_server: S3Server, no_
 def test_a_missing_bucket_that_may_not_be_made_is_an_installation_error(
     s3_server: S3Server, no_aws: None
 ) -> None:
-    with pytest.raises(InstallationError, match="does not exist and cannot be made.*AccessDenied") as refused:
+    with pytest.raises(InstallationError, match=r"cannot be made.*AccessDenied") as refused:
         open_store("s3://not-there", endpoint_url=s3_server.url, credentials=s3_server.reader)
     assert "not-there" in refused.value.found
     assert s3_server.reader.secret_access_key not in str(refused.value)
