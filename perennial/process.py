@@ -128,7 +128,7 @@ def run(
             "prefect flow-run retry RUN-ID continues at this step",
         )
     if code not in allowed_codes:
-        raise ChildFailed(f"{what} exited with code {code}{_shown(tail)}", "exit code 0")
+        raise ChildFailed(f"{what} ended with an error, exit code {code}{_shown(tail)}")
     return code
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 from packaging.markers import default_environment
@@ -28,6 +29,11 @@ def check_project(folder: Path, name: str, serving_requires: tuple[str, ...]) ->
     if project.name != name:
         raise ProjectError(
             f"pyproject.toml: project.name is {project.name!r}", f"{name!r}, the name it is enabled under"
+        )
+    if project.package in sys.stdlib_module_names:
+        raise ProjectError(
+            f"the package {project.package!r} has the name of a module of Python's own",
+            "a name that hides nothing: the project's code would import the wrong one",
         )
     check_model(folder / "src", project.package)
     check_lock(folder, (*project.requires, *serving_requires))

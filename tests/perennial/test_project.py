@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from perennial.errors import ProjectError
-from perennial.project import check_lock, check_model
+from perennial.project import check_lock, check_model, check_project
 
 HASH = "--hash=sha256:" + "0" * 64
 METHODS = "    def produce_model(self, data): ...\n    def predict(self, rows): ...\n"
@@ -95,3 +95,13 @@ def test_a_lock_that_does_not_match_is_refused(
 def test_a_missing_lock_is_named(tmp_path: Path) -> None:
     with pytest.raises(ProjectError, match=r"requirements\.lock does not exist"):
         check_lock(tmp_path, ())
+
+
+def test_a_package_that_hides_a_module_of_python_s_own_is_refused(tmp_path: Path) -> None:
+    package(tmp_path, __init__=f"class Model:\n{METHODS}{LOADER}")
+    (tmp_path / "src" / "toy").rename(tmp_path / "src" / "random")
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\nname = "random"\nversion = "1"\n[tool.perennial]\ntask = "binary"\ntarget = "y"\n'
+    )
+    with pytest.raises(ProjectError, match="'random' has the name of a module of Python's own"):
+        check_project(tmp_path, "random", ())

@@ -60,7 +60,7 @@ def test_its_exit_code_is_returned(tmp_path: Path, code: str, expected: int) -> 
 
 
 def test_a_traceback_and_a_killing_signal_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(ChildFailed, match=r"exited with code 1(?s:.*)ValueError: no"):
+    with pytest.raises(ChildFailed, match=r"exit code 1(?s:.*)ValueError: no"):
         run(tmp_path, "raise ValueError('no')")
     with pytest.raises(ChildFailed, match="killed by SIGKILL"):
         run(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
