@@ -40,7 +40,7 @@ def test_environment_is_scrubbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_child_that_fails_is_shown_with_its_last_words(tmp_path: Path) -> None:
-    with pytest.raises(ChildFailed, match=r"child ended with an error, exit code 1(?s:.*)ValueError: no such"):
+    with pytest.raises(ChildFailed, match=r"ended with an error, exit code 1(?s:.*)ValueError: no such"):
         run(tmp_path, "raise ValueError('no such luck')")
 
 
