@@ -6,7 +6,7 @@ from datetime import date
 
 from prefect import flow
 
-from perennial.releases import draft_release
+from perennial.releases import content_id, draft_release
 from perennial.values import ProjectName, Release
 from tasks import edge
 from tasks.data import snapshot_data, validate_data
@@ -30,7 +30,8 @@ def build(project: ProjectName, ref: str | None = None, as_of: date | None = Non
     tests = run_project_tests(code, contract, environment)
     model = train_model(code, contract, environment, dataset)
     evaluation = evaluate_model(contract, dataset, model)
-    gates = check_gates(contract, evaluation)
+    release_id = content_id(code=code, environment=environment, dataset=dataset, model=model)
+    gates = check_gates(contract, evaluation, release_id)
     draft = draft_release(
         code=code,
         contract=contract,

@@ -24,7 +24,7 @@ def retrain(
 
     One run per project and day: a late one, or a second one, ends at once and says so.
     """
-    day = claim_day(project, as_of)
+    day = claim_day(project, environment, as_of)
     if day.done:
         return Completed(name="AlreadyRetrained", message=day.reason)
     built = build(project, ref=day.git_sha, as_of=day.as_of, return_state=True)

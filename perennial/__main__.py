@@ -41,6 +41,12 @@ def _run(chosen: argparse.Namespace) -> None:
             release = releases.find(journal, chosen.release.rpartition("-")[0], chosen.release)
             journal.approve(release, "production", chosen.reviewer)
             print(f"{release.release_id} may enter production, says {chosen.reviewer}")
+        case "enable":
+            journal = open_journal(here.database)
+            enabled = journal.enable_project(
+                chosen.name, chosen.repository, chosen.subdirectory, chosen.branch
+            )
+            print(f"{enabled.name} is built from {enabled.branch} of {enabled.repository}")
         case "lock":
             print(f"wrote {locking.lock(chosen.project)}")
 
@@ -56,6 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("approve", help="let a release into production, in a person's name")
     command.add_argument("release")
     command.add_argument("--reviewer", required=True)
+    command = commands.add_parser("enable", help="build a project from a git repository, or from another one")
+    command.add_argument("name")
+    command.add_argument("repository", help="a path or URL that git reads with no password in it")
+    command.add_argument("--subdirectory", default="")
+    command.add_argument("--branch", default="main")
     command = commands.add_parser("lock", help="write requirements.lock of a project's folder")
     command.add_argument("project", type=Path)
     return parser

@@ -13,8 +13,9 @@ from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
-from perennial import leftovers, ports, router, supervision
+from perennial import leftovers, ports, rollout, router, supervision
 from perennial.errors import InstallationError
+from perennial.journal import open_journal
 from perennial.orphans import crash_orphans
 from perennial.probe import probe
 from perennial.process import scrubbed_environment, start_daemon
@@ -86,6 +87,8 @@ def up(
             running = supervisor.processes()
             _check_ports(settings, [part for part in chosen if running[part.name].is_down])
         _start(settings, supervisor, chosen, started, timeout_seconds, say)
+    if "envoy" in parts:  # what a deploy that was cut off left behind is brought to what the journal says
+        rollout.reconcile(settings, open_journal(settings.database), ProcessTarget(settings))
 
 
 def down(settings: Settings, *, say: Say = print) -> None:

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -66,15 +67,6 @@ DECISIONS = sa.Table(
     sa.Column("payload", sa.JSON, nullable=False),
     sa.Index("decisions_of_project", "project", "environment", "position"),
     sqlite_autoincrement=True,
-)
-
-MARKS = sa.Table(
-    "marks",
-    METADATA,
-    sa.Column("kind", sa.String(40), primary_key=True),
-    sa.Column("project", sa.String(40), primary_key=True),
-    sa.Column("key", sa.String(200), primary_key=True),
-    sa.Column("at", sa.String(32), nullable=False),
 )
 
 SQLITE_APPEND_ONLY = """
@@ -133,7 +125,19 @@ class Journal:
     def enable_project(
         self, name: str, repository: str, subdirectory: str = "", branch: str = "main"
     ) -> EnabledProject:
-        """Add the project, or point it at another repository or branch."""
+        """Add the project, or point it at another repository or branch.
+
+        Raises ProjectError for a name that no project can have, or a URL with a password in it: it would be
+        shown in logs, releases and on pages.
+        """
+        if not re.fullmatch(r"[a-z][a-z0-9-]{0,39}", name):
+            raise ProjectError(f"{name!r} is no project name", "small letters, digits and dashes, 40 at most")
+        if urlsplit(repository).password is not None:
+            raise ProjectError(
+                "the repository's URL holds a password",
+                "a URL without one, and git's credential helper or an SSH key",
+                "git config --global credential.helper store",
+            )
         row = {"name": name, "repository": repository, "subdirectory": subdirectory, "branch": branch}
         places = {column: value for column, value in row.items() if column != "name"}
         statement = self._insert(PROJECTS).values(**row, enabled_at=_now())
@@ -272,13 +276,6 @@ class Journal:
             if decision.payload.get("digest") == digest
         ]
         return reviews[-1] if reviews and reviews[-1].kind == "approved" else None
-
-    def once(self, kind: str, project: str, key: str) -> bool:
-        """True for the first caller with these words, ever; False for all others."""
-        statement = self._insert(MARKS).values(kind=kind, project=project, key=key, at=_now())
-        inserted = statement.on_conflict_do_nothing().returning(MARKS.c.key)  # psycopg counts no rows here
-        with self._writing() as connection:
-            return connection.execute(inserted).first() is not None
 
     def _review(
         self,

@@ -125,7 +125,7 @@ def run(
         raise ChildFailed(
             f"{what} was killed by {name}{_shown(tail)}",
             "a process that ends by itself" + (" (out of memory?)" if name == "SIGKILL" else ""),
-            "prefect flow-run retry RUN-ID continues at this step",
+            "prefect flow-run retry RUN-ID, which continues a build at this step",
         )
     if code not in allowed_codes:
         raise ChildFailed(f"{what} ended with an error, exit code {code}{_shown(tail)}")

@@ -26,6 +26,7 @@ from perennial.values import (
     ModelEnvironment,
     Package,
     Release,
+    ReleaseId,
     Source,
     TestReport,
     TrainedModel,
@@ -34,6 +35,27 @@ from perennial.values import (
 from serving import contract
 
 SHOWN_RELEASES = 5
+
+
+def content_id(
+    *, code: Source, environment: ModelEnvironment, dataset: Dataset, model: TrainedModel
+) -> ReleaseId:
+    """The id of a release, from its content: same commit, data, lock and seed give the same id.
+
+    The wheel is not among the content: the commit determines it.
+    """
+    content = {
+        "git_sha": code.git_sha,
+        "subdirectory": code.subdirectory,
+        "data": dataset.fingerprint,
+        "as_of": dataset.as_of.isoformat(),
+        "environment": environment.fingerprint,
+        "seed": model.seed,
+        "model": model.artifact.sha256,
+        "schema": model.input_schema.sha256,
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return f"{code.project}-{digest[:12]}"
 
 
 def draft_release(
@@ -48,20 +70,8 @@ def draft_release(
     gates: GateReport,
 ) -> Release:
     """The release as the gates left it: rejected for good, or accepted and yet to be published."""
-    content = {
-        "git_sha": code.git_sha,
-        "subdirectory": code.subdirectory,
-        "data": dataset.fingerprint,
-        "as_of": dataset.as_of.isoformat(),
-        "environment": environment.fingerprint,
-        "seed": model.seed,
-        "model": model.artifact.sha256,
-        "schema": model.input_schema.sha256,
-    }
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return Release(
-        # The wheel is not among the content: the commit determines it.
-        release_id=f"{code.project}-{digest[:12]}",
+        release_id=content_id(code=code, environment=environment, dataset=dataset, model=model),
         project=code.project,
         import_name=contract.package,
         task=contract.config.task,

@@ -1,4 +1,4 @@
-"""One retraining per project and day, at the last released commit."""
+"""One retraining per project and day, at the commit that serves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from zoneinfo import ZoneInfo
 
 from perennial.errors import ReleaseError
 from perennial.journal import Journal
-from perennial.values import ProjectName, Value
+from perennial.values import Environment, ProjectName, Value
 
 
 class Day(Value):
@@ -20,29 +20,34 @@ class Day(Value):
     reason: str
 
 
-def claim(journal: Journal, project: str, as_of: date | None) -> Day:
+def claim(journal: Journal, project: str, environment: Environment, as_of: date | None) -> Day:
     """The day and the commit of a retraining run; `done` where the journal has that day already.
+
+    The commit is the one that serves: a rollback is not undone the next morning, and what was built but
+    never deployed does not go live by itself. Before a first deploy it is the newest accepted one.
 
     Raises ReleaseError when the project has no accepted release: nothing says which commit is good.
     """
-    accepted = journal.releases(project, "accepted", limit=1)
+    active = journal.active(project, environment)
+    serving = journal.release(active) if active else None
+    accepted = [serving] if serving else journal.releases(project, "accepted", limit=1)
     if not accepted:
         raise ReleaseError(
             f"{project} has no accepted release to retrain",
             "a first build that passed its gates",
             f"prefect deployment run 'build/{project}'",
         )
-    newest = accepted[0]
-    day = as_of or datetime.now(ZoneInfo(newest.timezone)).date()
+    (release,) = accepted
+    day = as_of or datetime.now(ZoneInfo(release.timezone)).date()
     finished = _finished(journal, project, day)
     return Day(
         project=project,
         as_of=day,
-        git_sha=newest.source.git_sha,
+        git_sha=release.source.git_sha,
         done=finished is not None,
         reason=f"{project} was already retrained for {day}: {finished}"
         if finished
-        else f"retraining {project} for {day} at commit {newest.source.git_sha[:12]}",
+        else f"retraining {project} for {day} at commit {release.source.git_sha[:12]}",
     )
 
 

@@ -6,25 +6,31 @@ running the same deploy again, or `reconcile`, brings router and processes to wh
 
 from __future__ import annotations
 
+import fcntl
 import json
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from perennial import router
-from perennial.errors import ReleaseError, RolloutError
+from perennial.errors import PerennialError, ReleaseError, RolloutError
 from perennial.journal import Journal
 from perennial.settings import Settings
-from perennial.targets import Instance, Target
-from perennial.values import ENVIRONMENTS, Endpoint, Environment, ParityReport, Release, Rollout
+from perennial.supervision import UP_STATES
+from perennial.targets import Instance, Running, Target
+from perennial.values import Endpoint, Environment, ParityReport, Release, Rollout
 from serving import contract
 
 CHECK_REQUEST_ID = "perennial-check"  # tells our own requests from users' in the prediction log
 _PREDICT_TIMEOUT_SECONDS = 30.0
+_LOCK_WAIT_SECONDS = 300.0
+_LOCK_POLL_SECONDS = 0.2
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a local service, whatever the proxy
 
 
@@ -43,6 +49,58 @@ def admit(journal: Journal, release: Release, environment: Environment) -> None:
     )
 
 
+@contextmanager
+def _alone(settings: Settings, project: str, environment: str, wait_seconds: float) -> Iterator[bool]:
+    """Hold the service's rollout lock in this block; False when somebody else has it for too long."""
+    path = _lock(settings, project, environment)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    yield False
+                    return
+                time.sleep(_LOCK_POLL_SECONDS)
+            else:
+                yield True
+                return
+
+
+def _lock(settings: Settings, project: str, environment: str) -> Path:
+    return settings.root / "run" / f"rollout-{environment}-{project}.lock"
+
+
+_held: dict[Path, ExitStack] = {}
+
+
+def hold(settings: Settings, project: str, environment: Environment) -> None:
+    """From here until `let_go` no other process rolls this service out; the kernel frees a dead one's lock.
+
+    Waits for a rollout under way. Raises RolloutError when that takes too long.
+    """
+    path = _lock(settings, project, environment)
+    if path in _held:
+        return
+    stack = ExitStack()
+    if not stack.enter_context(_alone(settings, project, environment, _LOCK_WAIT_SECONDS)):
+        stack.close()
+        raise RolloutError(
+            f"another deploy of {project} to {environment} has been under way for {_LOCK_WAIT_SECONDS:g} s",
+            "one deploy of a service at a time",
+            f"wait for it, then prefect deployment run 'deploy/{project}'",
+        )
+    _held[path] = stack
+
+
+def let_go() -> None:
+    """Give up every rollout lock that this process holds."""
+    while _held:
+        _held.popitem()[1].close()
+
+
 def start(
     settings: Settings,
     journal: Journal,
@@ -57,11 +115,16 @@ def start(
 
     `variables`: what its process needs in its environment to reach the store.
     """
-    if journal.active(release.project, environment) != release.release_id:
+    hold(settings, release.project, environment)
+    active = journal.active(release.project, environment) == release.release_id
+    instance = _instance(target, release.release_id, environment)
+    if active and instance is not None and instance.state in UP_STATES:
+        return instance.endpoint  # users are on it: whatever has changed around it, it is not restarted
+    if not active and instance is None:
         journal.decide(
             project=release.project, environment=environment, kind="candidate", release_id=release.release_id
         )
-    instance = Instance(
+    wanted = Instance(
         environment=environment,
         project=release.project,
         release_id=release.release_id,
@@ -72,12 +135,9 @@ def start(
         drain_seconds=release.service.drain_seconds,
         variables=variables,
     )
-    try:
-        endpoint = target.start(instance)
+    with _withdrawing(journal, target, release, environment):
+        endpoint = target.start(wanted)
         target.wait_ready(endpoint, release.service.ready_timeout_seconds)
-    except RolloutError as error:
-        withdraw(journal, target, release, environment, error.found)
-        raise
     return endpoint
 
 
@@ -95,27 +155,33 @@ def prove(
     """
     golden = msgspec.json.decode((folder / contract.GOLDEN_FILE).read_bytes(), type=contract.Golden)
     url = f"http://{endpoint.host}:{endpoint.port}"
-    try:
+    with _withdrawing(journal, target, release, environment):
         report = _parity(url, golden, release)
         _smoke(url, release)
-    except RolloutError as error:
-        withdraw(journal, target, release, environment, error.found)
-        raise
     return report
 
 
 def switch(
     settings: Settings, journal: Journal, target: Target, release: Release, environment: Environment
 ) -> Rollout:
-    """Make the release the active one and move all traffic to it, without losing a request."""
+    """Make the release the active one and move all traffic to it, without losing a request.
+
+    Raises RolloutError, the candidate withdrawn and the routes as before, when Envoy does not take it in.
+    """
     project = release.project
+    hold(settings, project, environment)
     with router.alone(settings):
         if journal.active(project, environment) != release.release_id:
             candidate = _endpoint(target, release.release_id, environment)
             routes = current_routes(journal, target)
             beside = [*routes.get(environment, {}).get(project, ()), candidate]
             if len(beside) > 1:  # Envoy's own checks must have seen the new one before the old one goes
-                router.apply(settings, _with(routes, environment, project, beside), healthy=[candidate])
+                try:
+                    router.apply(settings, _with(routes, environment, project, beside), healthy=[candidate])
+                except BaseException as error:
+                    router.write(router.router_directory(settings), router.render(routes, settings))
+                    withdraw(journal, target, release, environment, str(error))
+                    raise
             journal.decide(
                 project=project, environment=environment, kind="promoted", release_id=release.release_id
             )
@@ -134,8 +200,17 @@ def switch(
     )
 
 
-def retire(journal: Journal, target: Target, project: str, environment: Environment) -> list[str]:
+def retire(
+    settings: Settings, journal: Journal, target: Target, project: str, environment: Environment
+) -> list[str]:
     """Drain and stop every instance of the service but the active one; returns their names."""
+    hold(settings, project, environment)
+    return _stop_all_but_active(journal, target, project, environment)
+
+
+def _stop_all_but_active(
+    journal: Journal, target: Target, project: str, environment: Environment
+) -> list[str]:
     active = journal.active(project, environment)
     others = [
         running
@@ -146,6 +221,19 @@ def retire(journal: Journal, target: Target, project: str, environment: Environm
     for running in others:
         target.stop(running.endpoint.name, running.drain_seconds)
     return [running.endpoint.name for running in others]
+
+
+@contextmanager
+def _withdrawing(
+    journal: Journal, target: Target, release: Release, environment: Environment
+) -> Iterator[None]:
+    """Whatever ends this block early, a cancelled run too, takes the candidate with it."""
+    try:
+        yield
+    except BaseException as error:
+        with suppress(PerennialError):  # the first error is the one to show
+            withdraw(journal, target, release, environment, str(error))
+        raise
 
 
 def withdraw(
@@ -177,24 +265,36 @@ def current_routes(journal: Journal, target: Target) -> router.Routes:
 
 
 def reconcile(settings: Settings, journal: Journal, target: Target) -> None:
-    """Bring router and processes to what the journal says: the routes are written anew, leftovers stopped."""
+    """Bring router and processes to what the journal says: the routes are written anew, leftovers stopped.
+
+    A service that is being rolled out this moment is left to its rollout.
+    """
     with router.alone(settings):
         router.apply(settings, current_routes(journal, target), healthy=())
-    for project in journal.projects():
-        for environment in ENVIRONMENTS:
-            if journal.active(project.name, environment) is not None:
-                retire(journal, target, project.name, environment)
+    for project, environment in {(i.project, i.environment) for i in target.instances()}:
+        if journal.active(project, environment) is None:
+            continue  # the candidate of a first deploy: the next deploy finds it
+        with _alone(settings, project, environment, wait_seconds=0) as ours:
+            if ours:
+                _stop_all_but_active(journal, target, project, environment)
 
 
 def _endpoint(target: Target, release_id: str, environment: Environment) -> Endpoint:
-    for running in target.instances():
-        if (running.environment, running.endpoint.release_id) == (environment, release_id):
-            return running.endpoint
+    instance = _instance(target, release_id, environment)
+    if instance is not None:
+        return instance.endpoint
     raise RolloutError(
         f"{release_id} does not run in {environment}",
         "the candidate that was started and proven",
         "run the deploy again",
     )
+
+
+def _instance(target: Target, release_id: str, environment: Environment) -> Running | None:
+    for running in target.instances():
+        if (running.environment, running.endpoint.release_id) == (environment, release_id):
+            return running
+    return None
 
 
 def _with(

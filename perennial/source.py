@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import tempfile
@@ -45,7 +46,8 @@ def check_out(source: Source, checkouts: Path) -> Path:
 
     Raises ProjectError when the commit or the subdirectory does not exist.
     """
-    folder = checkouts / source.project / source.git_sha
+    repository = hashlib.sha256(source.repository.encode()).hexdigest()[:8]
+    folder = checkouts / source.project / f"{source.git_sha}-{repository}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))

@@ -20,7 +20,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.runtime import flow_run
 from prefect.states import Failed, State
 
-from perennial import environments, releases, snapshot, source, warm
+from perennial import environments, releases, rollout, snapshot, source, warm
 from perennial.config import Project
 from perennial.errors import PerennialError
 from perennial.journal import Journal, open_journal
@@ -63,6 +63,7 @@ def explained(flow_body: Callable[P, R]) -> Callable[P, R | State[Any]]:
             return Failed(message=str(error), data=error)
         finally:
             warm.close()
+            rollout.let_go()
 
     # Prefect validates parameters by their annotations, and would look their names up in this module.
     wrapped.__signature__ = inspect.signature(flow_body, eval_str=True)  # type: ignore[attr-defined]

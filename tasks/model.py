@@ -13,6 +13,7 @@ from perennial.values import (
     Evaluation,
     GateReport,
     ModelEnvironment,
+    ReleaseId,
     Source,
     TestReport,
     TrainedModel,
@@ -95,9 +96,14 @@ def evaluate_model(project: Project, dataset: Dataset, model: TrainedModel) -> E
 
 
 @task
-def check_gates(project: Project, evaluation: Evaluation) -> GateReport:
-    """Good enough? Absolute thresholds, and not worse than the champion."""
-    verdict = gates.decide(evaluation, project.config.gates, project.config.champion_margin)
+def check_gates(project: Project, evaluation: Evaluation, release_id: ReleaseId) -> GateReport:
+    """Good enough? Absolute thresholds, and not worse than the champion. Nothing is judged twice."""
+    judged = edge.journal().release(release_id)
+    if judged is not None:
+        get_run_logger().info("%s was judged on %s: that verdict stands", release_id, judged.created_at)
+        verdict = judged.gates
+    else:
+        verdict = gates.decide(evaluation, project.config.gates, project.config.champion_margin)
     create_table_artifact(
         key=f"gates-{slug(project.name)}",
         table=reports.gate_table(verdict),

@@ -47,7 +47,7 @@ def register_model(draft: Release, package: Package) -> Release:
 
 @task(**edge.REPEATABLE)
 def write_release(release: Release) -> Release:
-    """Written once, atomically, last: before this nothing of the build can be seen or deployed."""
+    """Written once, atomically, last: before this nothing of the build can be deployed."""
     written = releases.write(edge.store(), edge.journal(), release)
     create_link_artifact(
         key=f"release-{slug(written.project)}",

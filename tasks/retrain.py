@@ -8,14 +8,14 @@ from prefect import get_run_logger, task
 
 from perennial import retraining
 from perennial.retraining import Day
-from perennial.values import ProjectName, Release
+from perennial.values import Environment, ProjectName, Release
 from tasks import edge
 
 
 @task
-def claim_day(project: ProjectName, as_of: date | None) -> Day:
+def claim_day(project: ProjectName, environment: Environment, as_of: date | None) -> Day:
     """Which day, at which commit, and whether it has been retrained already."""
-    day = retraining.claim(edge.journal(), project, as_of)
+    day = retraining.claim(edge.journal(), project, environment, as_of)
     get_run_logger().info("%s", day.reason)
     return day
 

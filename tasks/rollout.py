@@ -6,6 +6,7 @@ from prefect import get_run_logger, task
 from prefect.artifacts import create_link_artifact
 
 from perennial import registry, releases, rollout
+from perennial.errors import RolloutError
 from perennial.settings import settings
 from perennial.targets import ProcessTarget
 from perennial.values import (
@@ -34,8 +35,31 @@ def collect_release(project: ProjectName, environment: Environment, release_id: 
 @task
 def start_candidate(release: Release, environment: Environment) -> Endpoint:
     """Start the release beside the active one and wait until it is ready."""
+    endpoint = _start(release, environment)
+    get_run_logger().info("%s is ready on port %s", release.release_id, endpoint.port)
+    return endpoint
+
+
+@task
+def check_candidate(release: Release, environment: Environment, candidate: Endpoint) -> ParityReport:
+    """Golden rows, bit for bit, and a smoke test."""
+    assert candidate.release_id == release.release_id
+    endpoint = _start(release, environment)  # it runs, unless this is a retry: then it was withdrawn
+    report = rollout.prove(
+        edge.journal(),
+        ProcessTarget(settings()),
+        release,
+        environment,
+        endpoint,
+        edge.release_folder(release),
+    )
+    get_run_logger().info("%s golden rows answered as trained, in %s s", report.rows, report.seconds)
+    return report
+
+
+def _start(release: Release, environment: Environment) -> Endpoint:
     here = settings()
-    endpoint = rollout.start(
+    return rollout.start(
         here,
         edge.journal(),
         ProcessTarget(here),
@@ -45,23 +69,6 @@ def start_candidate(release: Release, environment: Environment) -> Endpoint:
         edge.environment_python(release.environment),
         edge.store_environment(),
     )
-    get_run_logger().info("%s is ready on port %s", release.release_id, endpoint.port)
-    return endpoint
-
-
-@task
-def check_candidate(release: Release, environment: Environment, candidate: Endpoint) -> ParityReport:
-    """Golden rows, bit for bit, and a smoke test."""
-    report = rollout.prove(
-        edge.journal(),
-        ProcessTarget(settings()),
-        release,
-        environment,
-        candidate,
-        edge.release_folder(release),
-    )
-    get_run_logger().info("%s golden rows answered as trained, in %s s", report.rows, report.seconds)
-    return report
 
 
 @task(**edge.REPEATABLE)
@@ -82,8 +89,12 @@ def switch_traffic(release: Release, environment: Environment, parity: ParityRep
 @task(**edge.REPEATABLE)
 def retire_previous(done: Rollout) -> Rollout:
     """Let the release that served before finish what it has, stop it, and name the new champion."""
-    stopped = rollout.retire(edge.journal(), ProcessTarget(settings()), done.project, done.environment)
+    here = settings()
+    stopped = rollout.retire(here, edge.journal(), ProcessTarget(here), done.project, done.environment)
     get_run_logger().info("stopped %s", ", ".join(stopped) or "nothing: no other release ran")
+    active = edge.journal().active(done.project, done.environment)
+    if active != done.active:
+        raise RolloutError(f"{active} was promoted after {done.active}", "the end of the newest deploy")
     if edge.journal().champion(done.project) == done.active:
         registry.promote(settings().mlflow_url, done.project, done.active)
     return done

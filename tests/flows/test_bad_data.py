@@ -59,6 +59,6 @@ def test_a_load_data_that_raises_is_told_with_its_own_words(house: House, enable
     project.commit("break", {"src/raises/data.py": broken})
     run = house.build("raises")
     assert (run.kind, run.name) == ("FAILED", "Failed")
-    assert run.passes_on("load_data(2026-03-01) exited", "the lake is dry", "src/raises/data.py")
+    assert run.passes_on("load_data(2026-03-01) ended with an error", "the lake is dry", "src/raises/data.py")
     assert run.stopped_in("snapshot_data")
     assert house.published_nothing("raises")

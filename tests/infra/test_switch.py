@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from perennial.settings import Settings
 from perennial.supervision import Supervisor
 from perennial.targets import ProcessTarget
 from perennial.values import Endpoint, Release
-from tests.installations import call, instance, load, own_settings, running, until
+from tests.installations import ROOT, call, instance, load, own_settings, running, until
 from tests.releases import a_release
 
 RATE = 250  # requests per second
@@ -49,7 +51,8 @@ class World:
     def deploy(self, letter: str, *options: str, project: str = "toy") -> str:
         release = self.start(letter, *options, project=project)
         self.switch(release)
-        rollout.retire(self.journal, self.target, project, "test")
+        rollout.retire(self.here, self.journal, self.target, project, "test")
+        rollout.let_go()
         return release.release_id
 
     def url(self, project: str = "toy") -> str:
@@ -149,7 +152,7 @@ def test_two_services_deployed_at_once_do_not_undo_one_another(world: World) -> 
         def switch(release: Release, together: threading.Barrier = together) -> None:
             together.wait()
             world.switch(release)
-            rollout.retire(world.journal, world.target, release.project, "test")
+            rollout.retire(world.here, world.journal, world.target, release.project, "test")
 
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(switch, releases))
@@ -171,3 +174,27 @@ def test_a_switch_that_was_killed_is_finished_or_undone_by_reconciling(world: Wo
     wanted = new if written == "after the decision" else old
     assert {world.ask() for _ in range(10)} == {wanted}
     assert world.running() == {wanted}
+
+
+def test_a_second_process_waits_for_the_rollout_and_is_told_when_it_takes_too_long(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom perennial import rollout\n"
+        "from perennial.settings import Settings\n"
+        f"rollout.hold(Settings(home=Path({str(world.here.root)!r})), 'toy', 'test')\n"
+        "print('held', flush=True)\ntime.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    release = world.start("c")
+    monkeypatch.setattr(rollout, "_LOCK_WAIT_SECONDS", 1.0)
+    with pytest.raises(RolloutError, match="another deploy of toy to test has been under way"):
+        world.switch(release)
+    monkeypatch.setattr(rollout, "_LOCK_WAIT_SECONDS", 30.0)
+    other.kill()  # the kernel frees the lock of a dead process
+    other.wait()
+    other.stdout.close()
+    world.switch(release)
+    assert world.ask() == release.release_id
+    rollout.let_go()

@@ -291,22 +291,6 @@ def test_a_payload_cannot_name_another_digest_or_reviewer(journal: Journal) -> N
 # Once
 
 
-def test_once_is_true_for_the_first_caller_only(journal: Journal, database_url: str) -> None:
-    assert journal.once("retrain", "toy", "2024-06-01")
-    assert not journal.once("retrain", "toy", "2024-06-01")
-    assert not open_journal(database_url).once("retrain", "toy", "2024-06-01")
-    assert journal.once("retrain", "toy", "2024-06-02")
-    assert journal.once("retrain", "other", "2024-06-01")
-    assert journal.once("score", "toy", "2024-06-01")
-
-
-def test_of_sixteen_at_once_exactly_one_is_the_first(journal: Journal) -> None:
-    with ThreadPoolExecutor(16) as pool:
-        for key in "abc":
-            said = list(pool.map(lambda _, key=key: journal.once("retrain", "toy", key), range(16)))
-            assert said.count(True) == 1
-
-
 # Many processes, and sudden ends
 
 
@@ -553,3 +537,16 @@ def test_a_writer_waits_for_another_instead_of_failing(tmp_path: Path) -> None:
         other.execute("COMMIT")
         assert waiting.result(10) == 1
     other.close()
+
+
+def test_a_repository_s_password_is_refused_and_not_repeated(journal: Journal) -> None:
+    with pytest.raises(ProjectError) as error:
+        journal.enable_project("toy", "https://user:hush@git.example/toy.git")
+    assert "hush" not in str(error.value)
+    assert journal.enable_project("toy", "git@git.example:toy.git").repository == "git@git.example:toy.git"
+
+
+@pytest.mark.parametrize("name", ["Toy", "", "../toy", "a" * 41, "7up"])
+def test_a_name_that_no_project_can_have_is_refused(journal: Journal, name: str) -> None:
+    with pytest.raises(ProjectError, match="is no project name"):
+        journal.enable_project(name, "/repository")

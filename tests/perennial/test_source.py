@@ -43,7 +43,8 @@ def test_a_checkout_holds_the_commit_s_files_and_is_made_once(repository: Path, 
         folders = set(pool.map(lambda _: source.check_out(code, tmp_path / "checkouts"), range(4)))
     (folder,) = folders
     assert (folder / "file").read_text() == "1"
-    assert [p.name for p in (tmp_path / "checkouts" / "toy").iterdir()] == [code.git_sha]
+    (made,) = (tmp_path / "checkouts" / "toy").iterdir()
+    assert made.name.startswith(code.git_sha)
 
 
 def test_a_commit_that_no_branch_reaches_any_more_is_still_checked_out(
