@@ -6,11 +6,11 @@ import difflib
 import tomllib
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from packaging.utils import canonicalize_name
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from perennial.errors import ProjectError
 from perennial.values import ProjectName, ServiceLimits
@@ -22,6 +22,9 @@ METRICS: dict[Task, tuple[str, ...]] = {
 }
 
 
+Margin = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -29,8 +32,14 @@ class _Section(BaseModel):
 class Threshold(_Section):
     """An absolute gate: the confidence bound on the pessimistic side must lie within."""
 
-    min: float | None = None
-    max: float | None = None
+    min: float | None = Field(default=None, allow_inf_nan=False)
+    max: float | None = Field(default=None, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _bounds_something(self) -> Threshold:
+        if self.min is None and self.max is None:
+            raise ValueError("a gate needs min or max, or it would hold nothing back")
+        return self
 
 
 class Data(_Section):
@@ -77,7 +86,7 @@ class ProjectConfig(_Section):
     metrics: tuple[str, ...] = ()
     data: Data = Data()
     gates: dict[str, Threshold] = Field(default_factory=dict)
-    champion_margin: dict[str, float] = Field(default_factory=dict)
+    champion_margin: dict[str, Margin] = Field(default_factory=dict)
     compare_with_champion: bool = True
     schedule: Schedule = Schedule()
     service: ServiceLimits = ServiceLimits()
@@ -113,8 +122,8 @@ def read_project(folder: Path) -> Project:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ProjectError(f"pyproject.toml is not TOML: {error}", "a file that tomllib reads") from error
-    table = document.get("project", {})
-    section = document.get("tool", {}).get("perennial")
+    table, tool = _table(document, "project"), _table(document, "tool")
+    section = tool.get("perennial")
     if section is None:
         raise ProjectError(
             "pyproject.toml has no [tool.perennial]", "[tool.perennial] with at least task and target"
@@ -124,17 +133,48 @@ def read_project(folder: Path) -> Project:
             raise ProjectError(f"pyproject.toml has no project.{key}", f'[project] with {key} = "…"')
     try:
         config = ProjectConfig.model_validate(section)
-        _check_metrics(config)
-        name = canonicalize_name(table["name"])
+    except ValidationError as error:
+        raise ProjectError(*_explain(error)) from error
+    _check_metrics(config)
+    _check_features(config)
+    name = canonicalize_name(table["name"])
+    try:
         return Project(
             name=name,
             package=name.replace("-", "_"),
             version=table["version"],
-            requires=tuple(table.get("dependencies", ())),
+            requires=table.get("dependencies", ()),
             config=config,
         )
     except ValidationError as error:
-        raise ProjectError(*_explain(error)) from error
+        first = error.errors(include_url=False)[0]
+        key = "dependencies" if first["loc"][0] == "requires" else str(first["loc"][0])
+        raise ProjectError(f"pyproject.toml: [project] {key} = {table[key]!r}", str(first["msg"])) from error
+
+
+def _table(document: dict[str, Any], name: str) -> dict[str, Any]:
+    table = document.get(name, {})
+    if not isinstance(table, dict):
+        raise ProjectError(f"pyproject.toml: {name} = {table!r}", f"a table, [{name}]")
+    return table
+
+
+def _check_features(config: ProjectConfig) -> None:
+    """What a model must not see is no feature: the answer, when it was, and whose it is."""
+    if config.features is None:
+        return
+    where, expected = "pyproject.toml: [tool.perennial] features", "each column that predict gets, once"
+    if not config.features:
+        raise ProjectError(f"{where} is empty", f"{expected}; without the key, all other columns")
+    hidden = dict.fromkeys(config.entity_id, "an entity_id column")
+    if config.time_column is not None:
+        hidden[config.time_column] = "the time_column"
+    hidden[config.target] = "the target"
+    for position, name in enumerate(config.features):
+        if name in hidden:
+            raise ProjectError(f"{where} names {hidden[name]} {name!r}", f"{expected}, without {name!r}")
+        if name in config.features[:position]:
+            raise ProjectError(f"{where} names {name!r} twice", expected)
 
 
 def _check_metrics(config: ProjectConfig) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import serving
 from perennial import artifacts, process
 from perennial.errors import ChildFailed, InstallationError, ProjectError
+from perennial.project import check_links
 from perennial.store import Store
 from perennial.values import ModelEnvironment
 
@@ -97,7 +98,8 @@ def build_project_wheel(project: Path, version: str, work: Path) -> Path:
     """The wheel of a project with its version replaced, which must stand in its pyproject.toml."""
     source = work / "package"
     shutil.rmtree(source, ignore_errors=True)
-    shutil.copytree(project, source)
+    check_links(project)  # a build would follow them
+    shutil.copytree(project, source, symlinks=True)
     manifest = source / "pyproject.toml"
     text, count = re.subn(
         r"(?ms)^(\[project\]\s*$.*?^version\s*=\s*)([\"'])[^\"']*\2",

@@ -13,9 +13,15 @@ from __future__ import annotations
 
 
 class PerennialError(Exception):
-    """An error with an explanation: what was found, what was expected, what to run next."""
+    """An error with an explanation: what was found, what was expected, what to run next.
 
-    def __init__(self, found: str, expected: str = "", next_command: str = "") -> None:
+    `transient`: the cause is a part on the network that may answer in a moment; worth another try.
+    """
+
+    def __init__(
+        self, found: str, expected: str = "", next_command: str = "", *, transient: bool = False
+    ) -> None:
+        self.transient = transient
         self.found = found
         self.expected = expected
         self.next_command = next_command
@@ -26,8 +32,8 @@ class PerennialError(Exception):
             lines.append(f"Next: {next_command}")
         super().__init__("\n".join(lines))
 
-    def __reduce__(self) -> tuple[type[PerennialError], tuple[str, str, str]]:
-        return type(self), (self.found, self.expected, self.next_command)
+    def __reduce__(self) -> tuple[type[PerennialError], tuple[str, str, str], dict[str, bool]]:
+        return type(self), (self.found, self.expected, self.next_command), {"transient": self.transient}
 
 
 class ProjectError(PerennialError):

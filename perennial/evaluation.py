@@ -23,6 +23,8 @@ Booleans = NDArray[np.bool_]
 _CLIP = 1e-6  # a probability of exactly 0 or 1 that is wrong must cost much, not infinitely much
 
 CONFIDENCE = 0.95
+# Of a difference, each bound counts by itself: those of the 90 % interval are the one-sided 95 % ones.
+DIFFERENCE_CONFIDENCE = 0.90
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,22 @@ def evaluate(holdout: Holdout, metrics: Sequence[str]) -> tuple[Metric, ...]:
 
 
 def compare(holdout: Holdout, champion: Floats, metrics: Sequence[str]) -> tuple[Metric, ...]:
-    """Paired difference challenger − champion on the same rows, signed so that more is better for us."""
+    """Paired difference challenger − champion on the same rows, signed so that more is better for us.
+
+    Its interval is the two-sided 90 % one, Δ ± t(.95, G − 1)·SE: each bound is a one-sided 95 % bound
+    (DECISIONS, section 2), since a gate asks about one side only.
+    """
     differences = []
     for name in metrics:
         ours, our_influence = _influence(name, holdout.truth, holdout.prediction)
         theirs, their_influence = _influence(name, holdout.truth, champion)
         sign = 1.0 if higher_is_better(name) else -1.0
         influence = sign * (our_influence - their_influence)
-        differences.append(_estimate(name, "", sign * (ours - theirs), influence, holdout.cluster))
+        differences.append(
+            _estimate(
+                name, "", sign * (ours - theirs), influence, holdout.cluster, confidence=DIFFERENCE_CONFIDENCE
+            )
+        )
     return tuple(differences)
 
 
@@ -82,8 +92,16 @@ def _metric(name: str, label: str, truth: Floats, prediction: Floats, cluster: I
     return squared.model_copy(update={"value": _finite(value), "low": roots[0], "high": roots[1]})
 
 
-def _estimate(name: str, label: str, value: float, influence: Floats, cluster: Integers) -> Metric:
-    """A value with its clustered interval; no interval where fewer than two clusters speak."""
+def _estimate(
+    name: str,
+    label: str,
+    value: float,
+    influence: Floats,
+    cluster: Integers,
+    *,
+    confidence: float = CONFIDENCE,
+) -> Metric:
+    """A value with its clustered two-sided interval; none where fewer than two clusters speak."""
     rows = len(cluster)
     _, index = np.unique(cluster, return_inverse=True)
     groups = int(index.max()) + 1 if rows else 0
@@ -92,7 +110,7 @@ def _estimate(name: str, label: str, value: float, influence: Floats, cluster: I
     if point is not None and groups >= 2:
         sums = np.bincount(index, weights=influence, minlength=groups) / rows
         error = float(np.sqrt(groups / (groups - 1) * np.square(sums - sums.mean()).sum()))
-        reach = float(stdtrit(groups - 1, (1 + CONFIDENCE) / 2)) * error
+        reach = float(stdtrit(groups - 1, (1 + confidence) / 2)) * error
         low, high = _finite(point - reach), _finite(point + reach)
     return Metric(name=name, slice=label, value=point, low=low, high=high, rows=rows, clusters=groups)
 

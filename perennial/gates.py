@@ -12,6 +12,8 @@ from perennial.values import Evaluation, Gate, GateReport, Metric, Verdict
 
 # How much worse than the champion a refresh may be before it is refused (non-inferiority margin).
 DEFAULT_MARGINS = {"roc_auc": 0.005, "log_loss": 0.005, "brier": 0.005, "r2": 0.01}
+# The same as a share of the measured value, of metrics that have the target's unit.
+DEFAULT_SHARES = {"rmse": 0.01, "mae": 0.01}
 
 
 def decide(
@@ -24,10 +26,12 @@ def decide(
         for gate in _absolute(evaluation.metric(name), name, threshold)
     ]
     if evaluation.champion is not None:
-        for difference in evaluation.champion_differences:
-            margin = margins.get(difference.name, DEFAULT_MARGINS.get(difference.name))
-            if margin is not None:
-                gates.append(non_inferior(difference, evaluation.champion, margin))
+        differences = {difference.name: difference for difference in evaluation.champion_differences}
+        measured = (metric.name for metric in evaluation.metrics if not metric.slice)
+        gates += [
+            non_inferior(name, differences.get(name), evaluation.champion, _margin(name, evaluation, margins))
+            for name in dict.fromkeys((*differences, *measured))
+        ]
     if not gates:
         gates.append(_usable(evaluation))
     return GateReport(gates=tuple(gates))
@@ -58,13 +62,32 @@ def _bound(metric: Metric | None, name: str, threshold: float, *, lower: bool) -
     )
 
 
-def non_inferior(difference: Metric, champion: str, margin: float) -> Gate:
-    """Challenger − champion, more is better: its lower bound must lie above −margin.
+def _margin(name: str, evaluation: Evaluation, margins: Mapping[str, float]) -> float | None:
+    """How much worse than the champion is not worse; None where nothing says so."""
+    if name in margins:
+        return margins[name]
+    metric = evaluation.metric(name)
+    if name in DEFAULT_SHARES and metric is not None and metric.value is not None:
+        return DEFAULT_SHARES[name] * metric.value
+    return DEFAULT_MARGINS.get(name)
 
-    A difference whose upper bound is below 0 is a failure; one that the data cannot tell is not a pass.
+
+def non_inferior(metric: str, difference: Metric | None, champion: str, margin: float | None) -> Gate:
+    """Challenger − champion, more is better: its one-sided 95 % lower bound must lie above −margin.
+
+    A difference whose upper bound is below 0 is a failure; one that the data cannot tell is not a pass,
+    nor is one that is missing or has no margin.
     """
-    name = f"{difference.name} not worse than {champion}"
-    if difference.value is None or difference.low is None or difference.high is None:
+    name = f"{metric} not worse than {champion}"
+    if margin is None:
+        return Gate(
+            name=name,
+            verdict=Verdict.INSUFFICIENT,
+            measured=difference.value if difference else None,
+            threshold=None,
+            reason=f"no margin: champion_margin has no {metric}, and it has no default here",
+        )
+    if difference is None or difference.value is None or difference.low is None or difference.high is None:
         return _unmeasured(name, -margin, difference)
     if difference.low > -margin:
         verdict = Verdict.PASS

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -10,7 +13,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Protocol
@@ -31,6 +35,10 @@ _NETWORK = (
 _NETWORK_PREFIXES = ("UV_", "PIP_", "https_proxy", "http_proxy", "no_proxy", "NO_PROXY")
 
 TAIL_LINES = 25
+
+# How long what a child left behind may hold its output open once the child itself has ended.
+_HELD_SECONDS = 1.0
+_PIPE_BYTES = 1 << 20  # more than a pipe holds
 
 
 def scrubbed_environment(*, network: bool = False, **extra: str) -> dict[str, str]:
@@ -80,7 +88,7 @@ def run(
 
     Returns the exit code. Raises ChildFailed, with the tail of the log, when the program exits with a code
     that is not allowed, is killed by a signal, or runs longer than `timeout_seconds` (its whole process
-    group is then killed).
+    group is then killed). A descendant that left the group and keeps the output open is not waited for.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     tail: deque[str] = deque(maxlen=TAIL_LINES)
@@ -98,20 +106,21 @@ def run(
 
         timer = threading.Timer(timeout_seconds, expire)
         timer.start()
+        ending = _Ending(child, timer)
         try:
-            for line in child.output:
-                sink.write(line)
+            for line in _lines(child, ending):
+                sink.write(line + "\n")
                 sink.flush()
-                tail.append(line.rstrip("\n"))
+                tail.append(line)
                 if on_line is not None:
-                    on_line(line.rstrip("\n"))
-            code = child.wait()
+                    on_line(line)
+            code = ending.code()
         except BaseException:
-            kill_group(child.pid)
-            child.wait()
+            if not ending.has_come():
+                kill_group(child.pid)
             raise
         finally:
-            timer.cancel()
+            ending.close()
             child.output.close()
 
     if expired.is_set():
@@ -130,6 +139,70 @@ def run(
     if code not in allowed_codes:
         raise ChildFailed(f"{what} ended with an error, exit code {code}{_shown(tail)}")
     return code
+
+
+class _Ending:
+    """The end of a child, waited for beside the reading of its output: `descriptor` reads as closed then."""
+
+    def __init__(self, child: Child, timer: threading.Timer) -> None:
+        self.descriptor, self._write = os.pipe()
+        self._child, self._timer = child, timer
+        self._code: Future[int] = Future()
+        self._thread = threading.Thread(target=self._wait, daemon=True)
+        self._thread.start()
+
+    def has_come(self) -> bool:
+        return self._code.done()
+
+    def code(self) -> int:
+        """The exit code, once there is one."""
+        return self._code.result()
+
+    def close(self) -> None:
+        """Returns once the child has ended."""
+        self._thread.join()
+        os.close(self.descriptor)
+
+    def _wait(self) -> None:
+        try:
+            self._code.set_result(self._child.wait())
+        except BaseException as error:
+            self._code.set_exception(error)
+        finally:
+            self._timer.cancel()
+            os.close(self._write)
+
+
+def _lines(child: Child, ending: _Ending) -> Iterator[str]:
+    """The lines of the output, until nobody holds it any more or _HELD_SECONDS after the child's end."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")("replace"), translate=True)
+    pending, output, until = "", child.output.fileno(), None
+    while True:
+        left = None if until is None else max(0.0, until - time.monotonic())
+        watched = [output] if until is not None else [output, ending.descriptor]
+        ready = _readable(watched, left)
+        if ending.descriptor in ready:
+            until = time.monotonic() + _HELD_SECONDS
+        chunk = os.read(output, _PIPE_BYTES) if output in ready else b""
+        *lines, pending = (pending + decoder.decode(chunk)).split("\n")
+        yield from lines
+        if output in ready and not chunk:
+            break
+        if until is not None and time.monotonic() >= until and left is not None:
+            kill_group(child.pid)  # whoever of its group is left
+            break
+    pending += decoder.decode(b"", final=True)
+    if pending:
+        yield pending.removesuffix("\n")
+
+
+def _readable(descriptors: Sequence[int], timeout_seconds: float | None) -> set[int]:
+    """Those that can be read, or were closed at their other end. (select() knows none above 1023.)"""
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    milliseconds = None if timeout_seconds is None else int(timeout_seconds * 1000) + 1
+    return {descriptor for descriptor, _ in poll.poll(milliseconds)}
 
 
 def capture(argv: Sequence[str], *, cwd: Path, environment: Mapping[str, str], timeout_seconds: float) -> str:

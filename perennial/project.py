@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ def check_project(folder: Path, name: str, serving_requires: tuple[str, ...]) ->
     `serving_requires`: what the serving wheel needs, which the project's lock must hold too.
     Raises ProjectError naming the file, what was found and what is expected.
     """
+    check_links(folder)
     project = read_project(folder)
     if project.name != name:
         raise ProjectError(
@@ -38,6 +40,25 @@ def check_project(folder: Path, name: str, serving_requires: tuple[str, ...]) ->
     check_model(folder / "src", project.package)
     check_lock(folder, (*project.requires, *serving_requires))
     return project
+
+
+def check_links(folder: Path) -> None:
+    """No symbolic link leads out of the project: it would bring files of this machine into a package."""
+    home = folder.resolve()
+    for parent, folders, files in os.walk(folder):
+        for path in (Path(parent, name) for name in sorted((*folders, *files))):
+            if path.is_symlink() and not _ends_within(path, home):
+                raise ProjectError(
+                    f"{path.relative_to(folder)} is a symbolic link that leaves the project",
+                    "files of the project, or links to them",
+                )
+
+
+def _ends_within(link: Path, home: Path) -> bool:
+    try:
+        return not link.readlink().is_absolute() and link.resolve().is_relative_to(home)
+    except (OSError, RuntimeError):  # it leads to itself
+        return False
 
 
 def check_model(source: Path, package: str) -> None:

@@ -29,12 +29,13 @@ class Registration(Value):
 def register(mlflow_url: str, release: Release, model: Path, report: Path | None) -> Registration:
     """Log the run, upload the model and the report, create the version, point `challenger` at it.
 
-    Safe to run again: a release that is registered already is returned as it is.
+    Safe to run again, wherever it was cut off: run and version are found by the release's tag.
     """
     project, release_id = release.project, release.release_id
     client = _client(mlflow_url)
     known = client.search_model_versions(f"name='{project}' and tag.`{_RELEASE_TAG}`='{release_id}'")
     if known:
+        _challenge(client, project, known[0].version)
         return _registration(mlflow_url, project, known[0].version, known[0].run_id or "")
 
     from mlflow.entities import Metric, Param, RunTag
@@ -43,7 +44,8 @@ def register(mlflow_url: str, release: Release, model: Path, report: Path | None
     experiment = client.get_experiment_by_name(project)
     experiment_id = experiment.experiment_id if experiment else client.create_experiment(project)
     tags = {_RELEASE_TAG: release_id, **_lineage(release)}
-    run = client.create_run(experiment_id, tags=tags, run_name=release_id)
+    begun = client.search_runs([experiment_id], f"tags.`{_RELEASE_TAG}` = '{release_id}'", max_results=1)
+    run = begun[0] if begun else client.create_run(experiment_id, tags=tags, run_name=release_id)
     run_id = run.info.run_id
     now = run.info.start_time
     client.log_batch(
@@ -71,7 +73,7 @@ def register(mlflow_url: str, release: Release, model: Path, report: Path | None
     version = client.create_model_version(
         project, source=f"{run.info.artifact_uri}/model", run_id=run_id, tags=tags
     ).version
-    client.set_registered_model_alias(project, CHALLENGER, version)
+    _challenge(client, project, version)
     return _registration(mlflow_url, project, version, run_id)
 
 
@@ -90,6 +92,13 @@ def promote(mlflow_url: str, project: str, release_id: str) -> None:
     aliases = client.get_registered_model(project).aliases
     if aliases.get(CHALLENGER) == version:
         client.delete_registered_model_alias(project, CHALLENGER)
+
+
+def _challenge(client: MlflowClient, project: str, version: str | int) -> None:
+    """Point `challenger` at a version, unless it is the champion."""
+    aliases = client.get_registered_model(project).aliases
+    if aliases.get(CHAMPION) != str(version):
+        client.set_registered_model_alias(project, CHALLENGER, str(version))
 
 
 def _lineage(release: Release) -> dict[str, str]:
@@ -123,7 +132,7 @@ def _client(mlflow_url: str) -> MlflowClient:
         client.search_experiments(max_results=1)
     except MlflowException as error:
         raise InstallationError(
-            f"MLflow does not answer at {mlflow_url}", "a running tracking server", "make up"
+            f"MLflow does not answer at {mlflow_url}", "a running tracking server", "make up", transient=True
         ) from error
     return client
 

@@ -84,7 +84,10 @@ def evaluation_page(
     ]
     if evaluation.champion:
         lines += ["", f"## Against the champion `{evaluation.champion}`, on the same rows", ""]
-        lines += ["| metric | difference (more is better) | 95 % interval |", "|---|---|---|"]
+        lines += [
+            "| metric | difference (more is better) | 90 % interval: one-sided 95 % bounds |",
+            "|---|---|---|",
+        ]
         lines += [
             f"| {m.name} | {_number(m.value, sign=True)} | {_interval(m)} |"
             for m in evaluation.champion_differences

@@ -13,6 +13,12 @@ from perennial.errors import ChildFailed, ProjectError
 from perennial.values import Source
 
 _TIMEOUT_SECONDS = 300.0
+# What git says of a network, as opposed to a repository or a password that is wrong.
+_NETWORK_TROUBLE = re.compile(
+    r"resolve host|failed to connect|couldn't connect|connection (refused|reset|closed|timed out)|timed out"
+    r"|did not end within|early EOF|hung up|unreachable|no route to host|returned error: 5\d\d",
+    re.IGNORECASE,
+)
 
 
 def resolve(project: str, repository: str, ref: str, subdirectory: str = "") -> Source:
@@ -94,6 +100,7 @@ def _unreachable(repository: str, error: ChildFailed) -> ProjectError:
         f"repository {repository} cannot be read: {reason}",
         "a path or URL that `git ls-remote` reads with no password prompt",
         f"git ls-remote {repository}",
+        transient=_NETWORK_TROUBLE.search(error.found) is not None,
     )
 
 

@@ -44,6 +44,9 @@ RETRIES: RetryConfig = {
     },
 }
 
+# What an S3 API answers when another try may help.
+BUSY_CODES = ("InternalError", "ServiceUnavailable", "SlowDown", "RequestTimeout")
+
 # The directory store writes `name#1` beside `name` before it renames, so such names are not keys.
 STAGED_NAME = re.compile(r"#\d+$")
 
@@ -345,4 +348,5 @@ def _unusable(base: str, verb: str, error: Exception, endpoint_url: str = "") ->
         f"the store {where} could not {verb}: {code[1] if code else first_line}",
         expected="a reachable S3 API" if base.startswith("s3:") else "a folder this user can write to",
         next_command=f"curl -i {endpoint_url}" if endpoint_url else "look at PERENNIAL_STORE_URL",
+        transient=base.startswith("s3:") and (code is None or code[1] in BUSY_CODES),
     )

@@ -121,7 +121,8 @@ class TestOutcome(msgspec.Struct, frozen=True):
 def run_tests(
     project: Project, folder: Path, python: Path, work: Path, on_line: OnLine | None = None
 ) -> TestOutcome:
-    """Run the developer's tests with pytest in the project's environment.
+    """Run the developer's tests with pytest in the project's environment, in a copy of the project: what
+    they write must not become part of the checkout that other runs share.
 
     A failed test is an outcome, not an exception: its report is kept before the build stops.
     Raises ProjectError when there is nothing to run, ChildFailed when pytest itself breaks.
@@ -131,10 +132,13 @@ def run_tests(
     report, log = work / "tests.xml", work / "tests.log"
     for left in (report, log):
         left.unlink(missing_ok=True)
+    copy = work / "tests-copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder, copy, symlinks=True)
     code = process.run(
         [str(python), "-m", "pytest", "tests", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"],
-        cwd=folder,
-        environment=_environment(project, PYTHONPATH=str(folder / "src")),
+        cwd=copy,
+        environment=_environment(project, PYTHONPATH=str(copy / "src")),
         timeout_seconds=project.config.limits.tests_seconds,
         log=log,
         what="the run of the project's tests",

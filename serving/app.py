@@ -33,6 +33,7 @@ Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 BODY_SECONDS = 30.0  # how long a client may take to send its body
+BODIES_BYTES = 256 * 1_048_576  # of all bodies at once, from their first byte to their answer
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 JSON, TEXT = b"application/json", b"text/plain; version=0.0.4; charset=utf-8"
 CLIENT_LEFT = 499  # counted, never sent
@@ -65,6 +66,30 @@ class ClientLeft(Exception):
 
 
 @dataclass
+class Budget:
+    """Bytes that requests hold in memory; touched from the event loop's thread only."""
+
+    limit: int
+    held: int = 0
+
+    def take(self, size: int) -> None:
+        """Raises `BadRequest` (429) where there is no room."""
+        if self.held + size > self.limit:
+            raise BadRequest(
+                429,
+                "the bodies of other requests take all the memory there is for them",
+                expected=f"at most {self.limit} bytes in all requests",
+                retry_after_seconds=1,
+                close=True,
+            )
+        self.held += size
+
+    def give_back(self, size: int) -> None:
+        """What was taken, once the request is answered."""
+        self.held -= size
+
+
+@dataclass
 class App:
     """Serves one release. `scorer` is None until the model is loaded; `draining` from the stop signal on."""
 
@@ -76,6 +101,8 @@ class App:
     metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self) -> None:
+        # A body of the size that the release allows fits always, when it is alone.
+        self.bodies = Budget(max(BODIES_BYTES, self.manifest.limits.max_body_bytes))
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="predict")
         self._release = self.manifest.release_id.encode()
         self._openapi = msgspec.json.encode(openapi.document(self.manifest, self.schema))
@@ -185,37 +212,46 @@ class App:
         scorer = self.scorer
         if scorer is None:
             return self._error(call, 503, "the model is not loaded yet", (b"retry-after", b"1"))
-        limits = self.manifest.limits
-        if self.metrics.in_flight >= limits.max_concurrent_requests:
-            raise BadRequest(
-                429,
-                f"{self.metrics.in_flight} requests are at work, which is the limit",
-                expected=f"at most {limits.max_concurrent_requests} at once",
-                retry_after_seconds=1,
-            )
+        self._need_slot()  # asked again below: here it spares the client the sending
         content_type = call.headers.get(b"content-type", JSON).partition(b";")[0].strip().lower()
         if content_type != JSON or b"content-encoding" in call.headers:
             found = (call.headers.get(b"content-encoding") or content_type).decode("latin-1")[:80]
             raise BadRequest(
                 415, f"the body is {found}", found=found, expected="application/json, not compressed"
             )
-        self.metrics.in_flight += 1
+        body = bytearray()
         try:
-            body = await _read_body(call, receive, limits.max_body_bytes)
-            work = asyncio.get_running_loop().run_in_executor(
-                self._pool, self._work, scorer, call, body, rows_of, answer_of
-            )
-            encoded, predictions = await work
-            self.metrics.predictions += predictions
+            await _read_body(call, receive, body, self.manifest.limits.max_body_bytes, self.bodies)
+            self._need_slot()
+            # Only now: a client that sends slowly holds no slot.
+            self.metrics.in_flight += 1
+            try:
+                work = asyncio.get_running_loop().run_in_executor(
+                    self._pool, self._work, scorer, call, body, rows_of, answer_of
+                )
+                encoded, predictions = await work
+                self.metrics.predictions += predictions
+            finally:
+                self.metrics.in_flight -= 1
         finally:
-            self.metrics.in_flight -= 1
+            self.bodies.give_back(len(body))
         return Answer(200, encoded)
+
+    def _need_slot(self) -> None:
+        limit = self.manifest.limits.max_concurrent_requests
+        if self.metrics.in_flight >= limit:
+            raise BadRequest(
+                429,
+                f"{self.metrics.in_flight} requests are at work, which is the limit",
+                expected=f"at most {limit} at once",
+                retry_after_seconds=1,
+            )
 
     def _work(
         self,
         scorer: Scorer,
         call: Call,
-        body: bytes,
+        body: bytearray,
         rows_of: Callable[[Call, Any], list[Any]],
         answer_of: Callable[[Call, list[float]], object],
     ) -> tuple[bytes, int]:
@@ -276,7 +312,7 @@ class App:
         own = body.get("id") if isinstance(body, dict) else None
         if b"x-request-id" not in call.headers and isinstance(own, str) and REQUEST_ID.fullmatch(own):
             call.request_id = own
-        return v2.rows_of(body, self.schema)
+        return v2.rows_of(body, self.schema, self.manifest.limits.max_rows)
 
     def _v2_answer(self, call: Call, predictions: list[float]) -> object:
         return v2.answer(self.manifest, call.request_id, predictions)
@@ -328,14 +364,16 @@ def _wrong_method(call: Call, expected: str) -> BadRequest:
     )
 
 
-async def _read_body(call: Call, receive: Receive, limit: int) -> bytes:
-    """The whole body. Raises `BadRequest` 413 once it is known to be too large, 408 if it stays away."""
+async def _read_body(call: Call, receive: Receive, body: bytearray, limit: int, budget: Budget) -> None:
+    """Fill `body`, each byte taken from `budget`, which gets them back from the caller.
+
+    Raises `BadRequest` 413 once the body is known to be too large, 429 where the budget has no room, 408 if
+    it stays away.
+    """
     announced = call.headers.get(b"content-length", b"")
     if announced.isdigit() and int(announced) > limit:
         # A client that waits for leave to send will not send: its connection cannot be used again.
         raise _too_large(announced.decode(), limit, close=b"expect" in call.headers)
-    chunks: list[bytes] = []
-    size = 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
             while True:
@@ -343,12 +381,12 @@ async def _read_body(call: Call, receive: Receive, limit: int) -> bytes:
                 if message["type"] == "http.disconnect":
                     raise ClientLeft
                 chunk = message.get("body", b"")
-                size += len(chunk)
-                if size > limit:
+                if len(body) + len(chunk) > limit:
                     raise _too_large(f"more than {limit}", limit)
-                chunks.append(chunk)
+                budget.take(len(chunk))
+                body += chunk
                 if not message.get("more_body", False):
-                    return b"".join(chunks)
+                    return
     except TimeoutError:
         raise BadRequest(408, f"the body did not arrive within {BODY_SECONDS:.0f} s", close=True) from None
 

@@ -161,29 +161,56 @@ class PredictionLog:
 
     def _write_queued(self) -> None:
         while self._queue:
-            lines: list[bytes] = []
-            predictions = size = 0
+            lines: list[tuple[bytes, int]] = []
+            size = 0
             with self._lock:
                 while self._queue and size < MIB:
-                    line, count = self._queue.popleft()
-                    lines.append(line)
-                    size += len(line)
-                    predictions += count
+                    lines.append(self._queue.popleft())
+                    size += len(lines[-1][0])
                 self._queued_bytes -= size
+            written = 0
             try:
                 segment = self._segment or self._open_segment()
-                _write_all(segment.descriptor, b"".join(lines))
+                try:
+                    _write_all(segment.descriptor, b"".join(line for line, _ in lines))
+                    written = len(lines)
+                except OSError:
+                    written = self._cut_after_whole_lines(segment, lines)
+                    raise
+                finally:
+                    self._count_written(segment, lines[:written])
             except OSError:
+                predictions = sum(count for _, count in lines[written:])
                 with self._lock:
                     self.counts.accepted -= predictions
                     self.counts.dropped += predictions
                 raise
-            segment.bytes += size
-            segment.predictions += predictions
-            with self._lock:
-                self._spooled_bytes += size
             if segment.bytes >= self.segment_bytes:
                 self._finish_segment()
+
+    def _count_written(self, segment: Segment, lines: list[tuple[bytes, int]]) -> None:
+        size = sum(len(line) for line, _ in lines)
+        segment.bytes += size
+        segment.predictions += sum(count for _, count in lines)
+        with self._lock:
+            self._spooled_bytes += size
+
+    def _cut_after_whole_lines(self, segment: Segment, lines: list[tuple[bytes, int]]) -> int:
+        """After a write that failed half-way: how many of its lines are on disk, with nothing after them."""
+        try:
+            room = os.fstat(segment.descriptor).st_size - segment.bytes
+            whole = size = 0
+            for line, _ in lines:
+                if size + len(line) > room:
+                    break
+                whole, size = whole + 1, size + len(line)
+            os.ftruncate(segment.descriptor, segment.bytes + size)
+        except OSError:
+            # Half a line stays: this file is left as it is for the next process, which cuts what it adopts.
+            self._segment = None
+            os.close(segment.descriptor)
+            return 0
+        return whole
 
     def _open_segment(self) -> Segment:
         now = datetime.now(UTC)
@@ -201,7 +228,10 @@ class PredictionLog:
 
     def _finish_segment(self) -> None:
         segment, self._segment = self._segment, None
-        if segment is not None:
+        if segment is not None and not segment.bytes:  # nothing but failed writes
+            segment.path.unlink(missing_ok=True)
+            os.close(segment.descriptor)
+        elif segment is not None:
             self._finished.append(segment)
             self._wake_shipper.set()
 

@@ -91,7 +91,7 @@ class RowChecker:
         missing = sorted(self._required - row.keys())
         if extra:
             name = extra[0]
-            nearest = difflib.get_close_matches(name, missing or sorted(self._allowed), 1)
+            nearest = difflib.get_close_matches(name[:80], missing or sorted(self._allowed), 1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             return BadRequest(
                 422,

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 HOLDOUT_FILE = "holdout.parquet"
-ROWS_WITH_NULLS = 8  # golden rows beyond the evenly spread ones
+ROWS_WITH_NULLS = 8  # at most so many golden rows are chosen for a null
 PARAMETERS, PARAMETER_LENGTH = 60, 200
 
 
@@ -180,6 +180,12 @@ def golden_of(model: Any, reloaded: Any, holdout: pa.Table, schema: InputSchema,
         except BadRequest:
             continue  # such as a null where training saw none: no server would take it
         rows.append(row)
+    if len(indices) and not rows:
+        raise ContractError(
+            f"none of {len(indices)} rows of the holdout could be asked for: nulls where training saw none",
+            "newest days that look like the days before",
+            "the data",
+        )
     if not rows:
         return Golden(rows=[], predictions=[])
     frame = from_columns(checker.columns(rows), schema.features)
@@ -195,16 +201,21 @@ def golden_of(model: Any, reloaded: Any, holdout: pa.Table, schema: InputSchema,
 
 
 def _golden_indices(features: pa.Table, count: int) -> list[int]:
-    last = features.num_rows - 1
+    """At most `count` rows: some with nulls, the others spread evenly. A server takes them in one request."""
     count = min(count, features.num_rows)
-    indices = {round(i * last / max(count - 1, 1)) for i in range(count)}
+    indices: set[int] = set()
     for column in features.columns:
-        if column.null_count:
+        if column.null_count and len(indices) < min(ROWS_WITH_NULLS, count // 2):
             import pyarrow.compute as pc
 
             indices.add(pc.index(column.is_null(), True).as_py())
-        if len(indices) >= count + ROWS_WITH_NULLS:
-            break
+    with_nulls = sorted(indices)
+    rest, others = count - len(with_nulls), features.num_rows - len(with_nulls)
+    for i in range(rest):
+        index = round(i * (others - 1) / max(rest - 1, 1))  # among the rows that are not chosen yet
+        for taken in with_nulls:
+            index += index >= taken
+        indices.add(index)
     return sorted(indices)
 
 

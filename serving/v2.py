@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 from serving import __version__
@@ -37,7 +38,7 @@ def model_metadata(manifest: Manifest, schema: InputSchema) -> dict[str, Any]:
     }
 
 
-def rows_of(body: Any, schema: InputSchema) -> list[dict[str, Any]]:
+def rows_of(body: Any, schema: InputSchema, max_rows: int) -> list[dict[str, Any]]:
     """The rows of an inference request. Raises `BadRequest` for tensors that make no rows."""
     inputs = body.get("inputs") if isinstance(body, dict) else None
     if not isinstance(inputs, list) or not inputs:
@@ -47,7 +48,7 @@ def rows_of(body: Any, schema: InputSchema) -> list[dict[str, Any]]:
     for position, tensor in enumerate(inputs):
         name, data = _tensor(tensor, position, columns)
         if name in values:
-            raise BadRequest(422, f"input {name!r} is given twice", column=name)
+            raise BadRequest(422, f"input {name[:80]!r} is given twice", column=name[:80])
         values[name] = data
     lengths = {name: len(data) for name, data in values.items()}
     first, length = next(iter(lengths.items()))
@@ -55,12 +56,22 @@ def rows_of(body: Any, schema: InputSchema) -> list[dict[str, Any]]:
         if other != length:
             raise BadRequest(
                 422,
-                f"input {name!r} has {other} values, expected {length} like {first!r}",
-                column=name,
+                f"input {name[:80]!r} has {other} values, expected {length} like {first[:80]!r}",
+                column=name[:80],
                 found=str(other),
                 expected=str(length),
             )
-    return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+    if length > max_rows:  # before each value becomes part of a row, which takes a hundred times the room
+        raise BadRequest(
+            422,
+            f"{length} rows, expected 1 to {max_rows}",
+            found=str(length),
+            expected=f"1 to {max_rows} rows",
+        )
+    # Columns that nobody knows can be very many; the first row with them is refused like all of them.
+    built = length if values.keys() <= columns.keys() else 1
+    rows = islice(zip(*values.values(), strict=True), built)
+    return [dict(zip(values, row, strict=True)) for row in rows]
 
 
 def _tensor(tensor: Any, position: int, columns: dict[str, Column]) -> tuple[str, list[Any]]:

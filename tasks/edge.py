@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from string import Formatter
@@ -28,6 +29,7 @@ from perennial.settings import object_store_environment, settings
 from perennial.store import Store, StoreCredentials, open_store
 from perennial.values import Dataset, ModelEnvironment, Release, Source
 
+_PROGRESS_SECONDS = 1.0  # each update is a request to Prefect's API
 _KEEP_WORK_SECONDS = 7 * 86_400  # of a failed run: long enough to look at its logs
 
 P = ParamSpec("P")
@@ -38,8 +40,9 @@ DURABLE: dict[str, Any] = {"persist_result": True, "result_serializer": "json"}
 
 
 def _is_transient(_task: Any, _run: Any, state: State[Any]) -> bool:
-    """What we can explain will not be otherwise in ten seconds."""
-    return not isinstance(state.result(raise_on_failure=False), PerennialError)
+    """What we can explain will not be otherwise in ten seconds, unless a part on the network was away."""
+    error = state.result(raise_on_failure=False)
+    return not isinstance(error, PerennialError) or error.transient
 
 
 # Acts over the network may be repeated; a project's own code is not run twice unasked.
@@ -145,8 +148,9 @@ def clear_work() -> None:
     """Remove this run's folder, once what matters is in the store, and what failed runs left long ago."""
     shutil.rmtree(work_folder(), ignore_errors=True)
     for folder in (settings().root / "work").iterdir():
-        if time.time() - folder.stat().st_mtime > _KEEP_WORK_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(FileNotFoundError):  # the run that it belonged to has just removed it
+            if time.time() - folder.stat().st_mtime > _KEEP_WORK_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def project_folder(of: Source) -> Path:
@@ -194,10 +198,14 @@ class Progress:
         self._log = get_run_logger()
         self._expected = lines_expected
         self._seen = 0
+        self._updated = float("-inf")
 
     def line(self, text: str) -> None:
         self._log.info("%s", text)
         self._seen += 1
+        if time.monotonic() - self._updated < _PROGRESS_SECONDS:
+            return
+        self._updated = time.monotonic()
         # The last share belongs to `done`: a step that prints much must not look finished.
         update_progress_artifact(self._artifact, progress=min(95.0, 100.0 * self._seen / self._expected))
 

@@ -148,10 +148,18 @@ def toy() -> ModuleType:
     import importlib
     import sys
 
-    source = str(TEMPLATE / "src")
-    if source not in sys.path:
-        sys.path.append(source)
-    return importlib.import_module("toy")
+    source = TEMPLATE / "src"
+    loaded = sys.modules.get("toy")
+    if loaded is None or not Path(loaded.__file__ or "").is_relative_to(source):
+        # Other tests have a package of that name too, and may have left it behind.
+        for name in [name for name in sys.modules if name.partition(".")[0] == "toy"]:
+            del sys.modules[name]
+        sys.path.insert(0, str(source))
+        try:
+            loaded = importlib.import_module("toy")
+        finally:
+            sys.path.remove(str(source))
+    return loaded
 
 
 def frame(as_of: date = date(2026, 3, 1)) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from zoneinfo import ZoneInfo
 import pytest
 import yaml
 
+from perennial.config import read_project
 from tests.factories import ROOT
 from tests.flows.house import House
 
@@ -36,6 +37,8 @@ def test_retraining_is_scheduled_every_day_in_a_timezone_and_late_runs_are_cance
     (retrain,) = [d for d in DECLARED if d["entrypoint"] == "flows.retrain.retrain"]
     (schedule,) = retrain["schedules"]
     assert ZoneInfo(schedule["timezone"]).key == "America/New_York"
+    declared = read_project(ROOT / "examples" / "flights").config.schedule
+    assert (schedule["cron"], schedule["timezone"]) == (declared.retrain, declared.timezone)
     assert CronSchedule(cron=schedule["cron"], timezone=schedule["timezone"])
     assert schedule["cron"].split()[2:] == ["*", "*", "*"]
     assert retrain["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}

@@ -86,3 +86,54 @@ def test_a_replayed_year_keeps_month_and_day(tmp_path: Path) -> None:
     ).config
     assert config.as_of(date(2026, 11, 20)) == date(2013, 11, 20)
     assert config.as_of(date(2028, 2, 29)) == date(2013, 2, 28)
+
+
+BINARY = 'task = "binary"\ntarget = "y"\ntime_column = "at"\nentity_id = ["who"]\n'
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ("[tool.perennial.gates]\nroc_auc = {}\n", ["gates.roc_auc", "min or max"]),
+        ("[tool.perennial.gates]\nroc_auc = {min = nan}\n", ["gates.roc_auc.min", "finite"]),
+        ("[tool.perennial.gates]\nlog_loss = {max = inf}\n", ["gates.log_loss.max", "finite"]),
+        ("champion_margin = {roc_auc = inf}\n", ["champion_margin.roc_auc", "finite"]),
+        ("champion_margin = {roc_auc = -0.1}\n", ["champion_margin.roc_auc = -0.1", "greater than or equal"]),
+    ],
+)
+def test_a_gate_that_holds_nothing_back_is_refused(tmp_path: Path, section: str, says: list[str]) -> None:
+    with pytest.raises(ProjectError) as error:
+        read(tmp_path, "[tool.perennial]\n" + BINARY + section)
+    for words in says:
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("features", "says"),
+    [
+        ('["a", "y"]', "names the target 'y'"),
+        ('["a", "at"]', "names the time_column 'at'"),
+        ('["who", "a"]', "names an entity_id column 'who'"),
+        ('["a", "b", "a"]', "names 'a' twice"),
+        ("[]", "features is empty"),
+    ],
+)
+def test_features_that_leak_or_repeat_are_refused(tmp_path: Path, features: str, says: str) -> None:
+    with pytest.raises(ProjectError, match=says):
+        read(tmp_path, f"[tool.perennial]\n{BINARY}features = {features}\n")
+    assert read(tmp_path, f'[tool.perennial]\n{BINARY}features = ["a"]\n').config.features == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("project = 3\n", r"project = 3(?s:.*)\[project\]"),
+        (f"tool = 1\n{HEAD}", r"tool = 1(?s:.*)\[tool\]"),
+        (f"{HEAD}[tool]\nperennial = 1\n", r"\[tool.perennial\]"),
+        (HEAD.replace("toy", "3toys") + f"[tool.perennial]\n{BINARY}", r"\[project\] name = '3toys'"),
+        (f"{HEAD}dependencies = 3\n[tool.perennial]\n{BINARY}", r"\[project\] dependencies = 3"),
+    ],
+)
+def test_a_mistake_outside_of_our_section_is_named_where_it_is(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ProjectError, match=says):
+        read(tmp_path, "", text)

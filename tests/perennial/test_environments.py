@@ -95,3 +95,13 @@ def test_a_project_s_wheel_carries_the_commit_in_its_version_and_is_byte_equal(t
     assert wheels[0].read_bytes() == wheels[1].read_bytes()
     assert "flights/model.py" in zipfile.ZipFile(wheels[0]).namelist()
     assert 'version = "0.1.0"' in (project / "pyproject.toml").read_text()
+
+
+def test_a_link_never_brings_a_file_of_this_machine_into_a_wheel(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(LOCK.parent, project, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "secret.py").write_text("KEY = 1\n")
+    (project / "src" / "flights" / "secret.py").symlink_to("../../../secret.py")
+    with pytest.raises(ProjectError, match=r"src/flights/secret\.py is a symbolic link"):
+        environments.build_project_wheel(project, "0.1.0+g0123456789ab", tmp_path / "work")
+    assert not (tmp_path / "work").exists()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import mannwhitneyu
+from scipy.stats import mannwhitneyu, t
 
 from perennial.evaluation import Holdout, compare, evaluate, higher_is_better
 
@@ -116,3 +116,14 @@ def test_slices_are_measured_on_their_own_rows() -> None:
     by_slice = {m.slice: m for m in evaluate(sliced, ["brier"])}
     assert by_slice["half=a"].rows == half.sum()
     assert by_slice["half=a"].value == pytest.approx(np.mean((data.truth - data.prediction)[half] ** 2))
+
+
+def test_the_bounds_of_a_difference_are_the_one_sided_95_percent_ones() -> None:
+    data = holdout(rows=60)
+    champion = np.clip(data.prediction + 0.05, 0.001, 0.999)
+    (brier,) = compare(Holdout(data.truth, data.prediction, np.arange(60), {}), champion, ["brier"])
+    differences = (data.truth - champion) ** 2 - (data.truth - data.prediction) ** 2
+    error = differences.std(ddof=1) / np.sqrt(60)
+    assert brier.value == pytest.approx(differences.mean())
+    assert brier.value - brier.low == pytest.approx(t.ppf(0.95, 59) * error)
+    assert brier.high - brier.value == pytest.approx(t.ppf(0.95, 59) * error)

@@ -97,3 +97,33 @@ def test_a_stricter_threshold_never_turns_a_failure_into_a_pass() -> None:
             for t in np.linspace(0.3, 0.95, 14)
         ]
         assert all(earlier or not later for earlier, later in pairwise(passed))
+
+
+@pytest.mark.parametrize("name", ["rmse", "mae"])
+@pytest.mark.parametrize(("low", "passed"), [(-0.019, True), (-0.021, False)])
+def test_a_metric_in_the_target_s_unit_may_be_one_percent_worse(name: str, low: float, passed: bool) -> None:
+    difference = metric(name, value=0.0, reach=-low)
+    evaluation = Evaluation(
+        metrics=(metric(name, value=2.0),), champion="toy-0123456789ab", champion_differences=(difference,)
+    )
+    report = gates.decide(evaluation, {}, {})
+    assert [gate.threshold for gate in report.gates] == [pytest.approx(-0.02)]
+    assert report.passed is passed
+    assert not gates.decide(evaluation, {}, {name: 0.001}).passed
+
+
+def test_every_metric_is_compared_with_the_champion_or_the_evidence_is_insufficient() -> None:
+    evaluation = Evaluation(
+        metrics=(metric("roc_auc"), metric("brier"), metric("novel")),
+        champion="toy-0123456789ab",
+        champion_differences=(metric("roc_auc", value=0.01, reach=0.001), metric("novel")),
+    )
+    report = gates.decide(evaluation, {}, {})
+    verdicts = {gate.name.split()[0]: gate.verdict for gate in report.gates}
+    assert verdicts == {
+        "roc_auc": Verdict.PASS,
+        "brier": Verdict.INSUFFICIENT,
+        "novel": Verdict.INSUFFICIENT,
+    }
+    assert "champion_margin has no novel" in report.summary
+    assert not report.passed

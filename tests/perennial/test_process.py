@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -96,3 +97,58 @@ def _gone(pid: int) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+ESCAPED = (
+    "import subprocess, sys, time\n"
+    "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(30)'], start_new_session=True)\n"
+    "print(p.pid, flush=True)\n"
+)
+
+
+def test_who_left_the_group_and_holds_the_output_is_not_waited_for(tmp_path: Path) -> None:
+    heard: list[str] = []
+    began = time.monotonic()
+    assert run(tmp_path, ESCAPED + "print('the last', end='')", on_line=heard.append) == 0
+    assert time.monotonic() - began < 5
+    assert heard[1:] == ["the last"]
+    os.kill(int(heard[0]), signal.SIGKILL)
+
+
+def test_the_limit_holds_though_somebody_else_holds_the_output(tmp_path: Path) -> None:
+    heard: list[str] = []
+    began = time.monotonic()
+    with pytest.raises(ChildFailed, match="stopped after"):
+        run(tmp_path, ESCAPED + "time.sleep(60)", timeout_seconds=1.5, on_line=heard.append)
+    assert time.monotonic() - began < 6
+    os.kill(int(heard[0]), signal.SIGKILL)
+
+
+def test_who_stayed_in_the_group_ends_with_the_child(tmp_path: Path) -> None:
+    heard: list[str] = []
+    began = time.monotonic()
+    run(tmp_path, ESCAPED.replace(", start_new_session=True", ""), on_line=heard.append)
+    assert time.monotonic() - began < 5
+    assert _gone(int(heard[0]))
+
+
+def test_every_line_is_heard_in_order_however_slow_the_listener_and_in_its_own_thread(tmp_path: Path) -> None:
+    heard: list[tuple[str, int]] = []
+
+    def listen(line: str) -> None:
+        if len(heard) % 5000 == 0:
+            time.sleep(0.3)
+        heard.append((line, threading.get_ident()))
+
+    run(tmp_path, "for n in range(20_000): print(f'{n} é')", on_line=listen)
+    assert heard == [(f"{n} é", threading.get_ident()) for n in range(20_000)]
+
+
+def test_a_listener_s_own_error_ends_the_child(tmp_path: Path) -> None:
+    def listen(line: str) -> None:
+        raise KeyError(line)
+
+    began = time.monotonic()
+    with pytest.raises(KeyError):
+        run(tmp_path, "import time; print('x', flush=True); time.sleep(30)", on_line=listen)
+    assert time.monotonic() - began < 10

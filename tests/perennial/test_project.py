@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from perennial.errors import ProjectError
-from perennial.project import check_lock, check_model, check_project
+from perennial.project import check_links, check_lock, check_model, check_project
 
 HASH = "--hash=sha256:" + "0" * 64
 METHODS = "    def produce_model(self, data): ...\n    def predict(self, rows): ...\n"
@@ -105,3 +106,30 @@ def test_a_package_that_hides_a_module_of_python_s_own_is_refused(tmp_path: Path
     )
     with pytest.raises(ProjectError, match="'random' has the name of a module of Python's own"):
         check_project(tmp_path, "random", ())
+
+
+@pytest.mark.parametrize(
+    "name", ["pyproject.toml", "requirements.lock", "expectations.json", "src/toy", "src"]
+)
+def test_a_link_that_leaves_the_project_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / "outside").mkdir()
+    link = tmp_path / "project" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(os.path.relpath(tmp_path / "outside", link.parent))
+    with pytest.raises(ProjectError, match=f"{name} is a symbolic link that leaves"):
+        check_project(tmp_path / "project", "toy", ())
+
+
+def test_a_link_within_the_project_is_none_of_our_business_but_a_loop_and_an_absolute_one_are(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "here").symlink_to("data")
+    check_links(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ProjectError, match="loop"):
+        check_links(tmp_path)
+    (tmp_path / "loop").unlink()
+    (tmp_path / "absolute").symlink_to(tmp_path / "data")
+    with pytest.raises(ProjectError, match="absolute"):
+        check_links(tmp_path)

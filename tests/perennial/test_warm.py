@@ -151,3 +151,19 @@ def _gone(pid: int) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def test_who_left_the_group_and_holds_the_output_is_not_waited_for(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys\n"
+        "code = 'import time; time.sleep(30)'\n"
+        "p = subprocess.Popen([sys.executable, '-c', code], start_new_session=True)\n"
+        "print(p.pid)\n"
+    )
+    run(tmp_path, "")
+    began = time.monotonic()
+    returned, lines = run(tmp_path, code, name="leaver")
+    assert returned == 0
+    assert time.monotonic() - began < 5
+    os.kill(int(lines[0]), signal.SIGKILL)
+    assert run(tmp_path, "print('and on')", name="after")[1] == ["and on"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from serving.prediction_log import PredictionLog, Record
+from tests.serving.toys import child_environment
 
 
 def log_of(folder: Path, **changes: Any) -> PredictionLog:
@@ -138,3 +141,46 @@ def _eventually(holds: Any, seconds: float = 10.0) -> bool:
             return False
         time.sleep(0.05)
     return True
+
+
+FULL_DISK = """
+import resource
+import sys
+import time
+from pathlib import Path
+
+from tests.serving.test_prediction_log import log_of, record
+
+folder = Path(sys.argv[1])
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+log = log_of(folder)
+for number in range(10):
+    log.append(record(number, "x" * 900))
+resource.setrlimit(resource.RLIMIT_FSIZE, (4500, most))  # a write beyond it stops half-way, as on a full disk
+log.start()
+while not log.counts.dropped:
+    time.sleep(0.01)
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+for number in range(10, 13):
+    log.append(record(number, "x" * 900))
+assert log.close()
+print(log.counts.accepted, log.counts.dropped, log.counts.stored)
+"""
+
+
+def test_after_a_write_that_a_full_disk_cut_short_every_line_is_whole(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)],
+        cwd=tmp_path,
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cannot write to the spool" in done.stderr
+    # Four lines of a good thousand bytes fit; what was cut is counted as dropped and nothing else is lost.
+    assert [line["request_id"] for line in stored(tmp_path)] == ["0", "1", "2", "3", "10", "11", "12"]
+    assert done.stdout.split() == ["7", "6", "7"]
+    assert not list((tmp_path / "spool").rglob("*.jsonl"))

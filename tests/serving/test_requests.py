@@ -336,3 +336,34 @@ def test_wrong_tensors_are_refused(client: httpx.Client, inputs: Any, reason: st
     answer = client.post("/v2/models/toy/infer", json={"inputs": inputs})
     assert answer.status_code == 422, answer.text
     assert reason in answer.json()["error"]
+
+
+def test_too_many_tensor_values_are_refused_before_they_become_rows(client: httpx.Client) -> None:
+    many = 2000  # the service takes 50 rows, and 20,000 bytes
+    inputs = [{"name": "distance", "shape": [many], "datatype": "INT64", "data": [1] * many}]
+    answer = client.post("/v2/models/toy/infer", json={"inputs": inputs})
+    assert answer.status_code == 422
+    assert f"{many} rows, expected 1 to" in answer.text
+
+
+def test_a_column_name_as_long_as_a_body_may_be_is_refused_at_once_and_not_repeated(
+    client: httpx.Client,
+) -> None:
+    answer = client.post("/predict", json={"rows": [{"x" * 19_000: 1}]})
+    assert answer.status_code == 422
+    assert len(answer.content) < 2_000
+
+
+def test_tensors_of_many_unknown_columns_are_refused_without_repeating_a_long_name(
+    client: httpx.Client,
+) -> None:
+    unknown = {"shape": [2], "datatype": "INT64", "data": [1, 2]}
+    many = [unknown | {"name": f"x{number}"} for number in range(100)]
+    answer = client.post("/v2/models/toy/infer", json={"inputs": [*tensors(), *many]})
+    assert answer.status_code == 422
+    assert (answer.json()["row"], answer.json()["column"]) == (0, "x0")
+
+    twice = [unknown | {"name": "x" * 5000}] * 2
+    answer = client.post("/v2/models/toy/infer", json={"inputs": twice})
+    assert "given twice" in answer.json()["error"]
+    assert len(answer.content) < 1000

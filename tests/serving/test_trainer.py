@@ -13,6 +13,7 @@ import pytest
 
 from serving.contract import Golden, PredictRequest
 from serving.scorer import Scorer
+from serving.trainer import _golden_indices
 from tests.serving.toys import (
     PACKAGE,
     ROW,
@@ -261,3 +262,33 @@ def test_served_rows_have_the_dtypes_that_training_saw(toy: Toy) -> None:
         == full
     )
     assert scorer.predict([{**ROW, "hour": None, "delay": None}, ROW])[1] == full[0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 13, 50])
+def test_golden_rows_are_never_more_than_asked_for_nulls_included(count: int) -> None:
+    rows = 400
+    table = pa.table(
+        {f"x{i}": [None if n % (40 + i) == 3 else float(n) for n in range(rows)] for i in range(12)}
+    )
+    indices = _golden_indices(table, count)
+    assert len(set(indices)) == len(indices) == count
+    assert all(0 <= index < rows for index in indices)
+    if count >= 5:
+        assert any(None in row.values() for row in table.take(indices).to_pylist())
+        assert max(indices) == rows - 1, "spread over all of the holdout"
+
+
+def test_a_holdout_of_which_no_row_could_be_asked_is_explained(toy: Toy, tmp_path: Path) -> None:
+    table = pq.read_table(toy.snapshot)
+    weekend = table.column("weekend").to_pylist()[:408] + [None] * 92
+    position = table.schema.get_field_index("weekend")
+    table = table.set_column(position, "weekend", pa.array(weekend, pa.bool_()))
+    pq.write_table(table, tmp_path / "odd.parquet")
+    code = PACKAGE.replace("raise TypeError", "(lambda text: None)")
+    request = train_request(write_package(tmp_path / "src", code), tmp_path / "odd.parquet", tmp_path)
+    done = run_trainer(request, tmp_path)
+    assert done.returncode == 3, done.stderr
+    error = result_of(request.result_path).error
+    assert error is not None
+    assert "20 rows of the holdout" in error.found
+    assert "nulls where training saw none" in error.found
