@@ -48,7 +48,9 @@ def read(parquet: Path) -> pa.Table:
 
 
 def frame(parquet: Path) -> pd.DataFrame:
-    """The whole snapshot in pandas, moments in nanoseconds, as a model sees them, unless one does not fit."""
+    """The whole snapshot in pandas, for its validation: moments in nanoseconds where they fit, UTC without
+    saying so, since a suite's bounds are written without a zone.
+    """
     import pyarrow as pa
 
     table = read(parquet)
@@ -58,6 +60,8 @@ def frame(parquet: Path) -> pd.DataFrame:
         whole = table.to_pandas(coerce_temporal_nanoseconds=True)
     except pa.ArrowInvalid:
         whole = table.to_pandas()
+    for name in whole.select_dtypes("datetimetz"):
+        whole[name] = whole[name].dt.tz_convert(None)
     return whole
 
 

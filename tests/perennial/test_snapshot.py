@@ -11,6 +11,7 @@ from perennial import snapshot
 from perennial.config import ProjectConfig
 from perennial.errors import DataError
 from perennial.store import open_store
+from perennial.validation import contract_suite, validate
 
 CONFIG = ProjectConfig(task="binary", target="y", time_column="at", entity_id=("id",), holdout_days=7)
 
@@ -77,3 +78,12 @@ def test_too_little_history_is_explained(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"spans 10 days.*leaves 2") as error:
         snapshot.split(kept, CONFIG)
     assert "at least 14 days" in str(error.value)
+
+
+def test_moments_in_utc_are_validated_against_the_bounds_of_the_contract(tmp_path: Path) -> None:
+    moments = pa.array([datetime(2024, 1, 1 + n, 12) for n in range(30)], pa.timestamp("us", tz="UTC"))
+    pq.write_table(table().set_column(1, "at", moments), tmp_path / "a.parquet")
+    frame = snapshot.frame(tmp_path / "a.parquet")
+    for as_of, failed in ((date(2024, 2, 1), []), (date(2024, 1, 10), ["at"])):
+        report = validate(frame, contract_suite(CONFIG, as_of), "the contract")
+        assert [check.column for check in report.failures] == failed
