@@ -1,4 +1,4 @@
-"""Every day: the last released commit on today's data; in front of users only if the gates say so."""
+"""Every day: the commit that serves on today's data; in front of users only if the gates say so."""
 
 from __future__ import annotations
 
