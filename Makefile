@@ -11,7 +11,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 
 python := .venv/bin/python
 uv_version := $(shell sed -n 's|^uv==\([^ ]*\).*|\1|p' requirements.lock)
-benches := $(patsubst benchmarks/%.py,%,$(filter-out benchmarks/__init__.py benchmarks/measure.py benchmarks/plain_%.py,$(wildcard benchmarks/*.py)))
+benches := $(patsubst benchmarks/%.py,%,$(filter-out benchmarks/__init__.py benchmarks/load.py benchmarks/measure.py benchmarks/plain_%.py,$(wildcard benchmarks/*.py)))
 
 help:
 	echo "make demo    from nothing to predictions of a real model, and the URLs to look at"

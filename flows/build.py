@@ -1,4 +1,4 @@
-"""From a git ref to a release: built, tested, trained, judged, published."""
+"""From a git ref to a release: built, tested, trained, judged, compiled, published."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from perennial.releases import content_id, draft_release
 from perennial.values import ProjectName, Release
 from tasks import edge
 from tasks.data import snapshot_data, validate_data
-from tasks.model import check_gates, evaluate_model, run_project_tests, train_model
+from tasks.model import check_gates, compile_model, evaluate_model, run_project_tests, train_model
 from tasks.release import publish_package, register_model, rejected, write_release
 from tasks.source import check_out, make_environment, validate_contract
 
@@ -44,6 +44,7 @@ def build(project: ProjectName, ref: str | None = None, as_of: date | None = Non
     )
     if not gates.passed:
         return rejected(write_release(draft))
+    serving = compile_model(code, contract, environment, dataset, model)
     package = publish_package(code, contract)
-    registered = register_model(draft, package)
+    registered = register_model(draft, serving, package)
     return write_release(registered)

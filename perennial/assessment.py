@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -13,10 +14,18 @@ import numpy as np
 
 from perennial import artifacts, evaluation, reports, snapshot, training
 from perennial.config import METRICS, Project, ProjectConfig
-from perennial.errors import ReleaseError
+from perennial.errors import ProjectError, ReleaseError
 from perennial.evaluation import Booleans, Floats, Holdout, Integers
 from perennial.store import Store
-from perennial.values import Artifact, Dataset, Evaluation, ModelEnvironment, Release, TrainedModel
+from perennial.values import (
+    Artifact,
+    Dataset,
+    Evaluation,
+    ModelEnvironment,
+    Release,
+    ServingForm,
+    TrainedModel,
+)
 from serving import contract
 
 if TYPE_CHECKING:
@@ -24,6 +33,7 @@ if TYPE_CHECKING:
 
 _MAX_LEVELS = 30  # of a slice column: the most frequent ones, so that a table stays readable
 _MIN_SLICE_ROWS = 50
+_HOLDOUT_FILE = "holdout.parquet"
 
 
 def keep_model(
@@ -42,9 +52,7 @@ def keep_model(
             store, f"{prefix}/{contract.SCHEMA_FILE}", output / contract.SCHEMA_FILE
         ),
         golden=artifacts.put_file(store, f"{prefix}/{contract.GOLDEN_FILE}", output / contract.GOLDEN_FILE),
-        holdout_predictions=artifacts.put_file(
-            store, f"{prefix}/holdout.parquet", output / "holdout.parquet"
-        ),
+        holdout_predictions=artifacts.put_file(store, f"{prefix}/{_HOLDOUT_FILE}", output / _HOLDOUT_FILE),
         environment=environment.fingerprint,
         seed=project.config.seed,
         training_rows=result.training_rows,
@@ -53,6 +61,47 @@ def keep_model(
         train_seconds=round(result.train_seconds, 3),
         parameters=result.parameters,
     )
+
+
+def restore_model(store: Store, model: TrainedModel, folder: Path) -> Path:
+    """What the trainer wrote, from the store into `folder`, whatever became of the run's own files."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, artifact in (
+        (contract.MODEL_DIRECTORY, model.artifact),
+        (contract.SCHEMA_FILE, model.input_schema),
+        (contract.GOLDEN_FILE, model.golden),
+        (_HOLDOUT_FILE, model.holdout_predictions),
+    ):
+        artifacts.fetch(store, artifact, folder / name)
+    return folder
+
+
+def keep_form(store: Store, project: Project, output: Path, plan: contract.Plan) -> ServingForm:
+    """Put what the compiler wrote into the store."""
+    parity = plan.parity
+    return ServingForm(
+        path=plan.path,
+        reason=plan.reason,
+        batching=plan.batching,
+        batching_reason=plan.batching_reason,
+        max_abs_difference=parity.max_abs_difference if parity else None,
+        rows=parity.rows if parity else 0,
+        edge_rows=parity.edge_rows if parity else 0,
+        tolerance=parity.tolerance if parity and plan.path == "compiled" else None,
+        artifact=artifacts.put_directory(
+            store, f"models/{project.name}/{contract.SERVING_DIRECTORY}", output
+        ),
+    )
+
+
+def check_form(config: ProjectConfig, form: ServingForm) -> None:
+    """Raises ProjectError for a model that must be served compiled and cannot be."""
+    if config.service.compiled == "required" and form.path != "compiled":
+        raise ProjectError(
+            f"the model cannot be served compiled: {form.reason}",
+            'a model that compiles, as compiled = "required" under [tool.perennial.service] asks',
+            'change what the reason names, or set compiled = "auto" to serve the model as it is',
+        )
 
 
 def read_holdout(store: Store, config: ProjectConfig, model: TrainedModel, cache: Path) -> Holdout:

@@ -70,6 +70,7 @@ class Limits(_Section):
     load_data_seconds: float = Field(default=600, gt=0)
     tests_seconds: float = Field(default=600, gt=0)
     train_seconds: float = Field(default=3600, gt=0)
+    compile_seconds: float = Field(default=900, gt=0)
 
 
 class ProjectConfig(_Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from perennial.errors import ReleaseError
 from perennial.journal import Journal
 from perennial.settings import Settings
-from perennial.values import ENVIRONMENTS
+from perennial.values import ENVIRONMENTS, Release
 
 
 def overview(journal: Journal, settings: Settings) -> str:
@@ -38,6 +38,7 @@ def of(journal: Journal, release_id: str) -> str:
         "MLflow": f"version {release.mlflow_version}" if release.mlflow_version else "not registered",
         "tests": f"{release.tests.passed} passed",
         "gates": release.gates.summary,
+        **_served(release),
     }
     for decision in journal.decisions(release.project):
         if decision.release_id == release_id:
@@ -45,3 +46,15 @@ def of(journal: Journal, release_id: str) -> str:
                 f"{decision.kind} {decision.environment or ''}".strip()
             )
     return "\n".join(f"{name:<20} {value}" for name, value in facts.items())
+
+
+def _served(release: Release) -> dict[str, str]:
+    """How the release is served, and why."""
+    form = release.serving
+    if form is None:
+        return {"served": "by the original, one request at a time" if release.package else "never"}
+    return {
+        "served": f"{'compiled' if form.path == 'compiled' else 'by the original'}: {form.reason}",
+        "parity": form.parity,
+        "batching": f"{'yes' if form.batching else 'no'}: {form.batching_reason}",
+    }

@@ -26,8 +26,10 @@ class Registration(Value):
     url: str
 
 
-def register(mlflow_url: str, release: Release, model: Path, report: Path | None) -> Registration:
-    """Log the run, upload the model and the report, create the version, point `challenger` at it.
+def register(
+    mlflow_url: str, release: Release, model: Path, report: Path | None, form: Path | None = None
+) -> Registration:
+    """Log the run, upload model, report and served form, create the version, point `challenger` at it.
 
     Safe to run again, wherever it was cut off: run and version are found by the release's tag.
     """
@@ -62,6 +64,8 @@ def register(mlflow_url: str, release: Release, model: Path, report: Path | None
         ],
     )
     client.log_artifacts(run_id, str(model), "model")
+    if form is not None:
+        client.log_artifacts(run_id, str(form), "serving")
     if report is not None:
         client.log_artifact(run_id, str(report))
     client.set_terminated(run_id)
@@ -115,6 +119,15 @@ def _lineage(release: Release) -> dict[str, str]:
         "wheel": release.package.filename if release.package else "",
         "gates": release.gates.summary,
     }
+    if (form := release.serving) is not None:
+        lineage |= {
+            "serving.path": form.path,
+            "serving.reason": form.reason,
+            "serving.batching": str(form.batching).lower(),
+            "serving.sha256": form.artifact.sha256,
+        }
+        if form.max_abs_difference is not None:
+            lineage["serving.max_abs_difference"] = repr(form.max_abs_difference)
     return {f"perennial.{name}": value[:4000] for name, value in lineage.items()}
 
 

@@ -42,7 +42,8 @@ def content_id(
 ) -> ReleaseId:
     """The id of a release, from its content: same commit, data, lock and seed give the same id.
 
-    The wheel is not among the content: the commit determines it.
+    The wheel is not among the content: the commit determines it. Nor is the form that is served: model, lock
+    (with the serving wheel, which compiles) and commit determine it.
     """
     content = {
         "git_sha": code.git_sha,
@@ -147,23 +148,7 @@ def materialise(store: Store, release: Release, root: Path) -> Path:
     with TemporaryDirectory(prefix=".materialise-", dir=root) as temporary:
         new = Path(temporary) / "new"
         _fill(store, release, release.package, new)
-        manifest = contract.Manifest(
-            release_id=release.release_id,
-            project=release.project,
-            package=release.import_name,
-            task=release.task,
-            git_sha=release.source.git_sha,
-            data_fingerprint=release.dataset.fingerprint,
-            as_of=release.dataset.as_of.isoformat(),
-            model_sha256=release.model.artifact.sha256,
-            limits=contract.Limits(
-                max_rows=release.service.max_rows,
-                max_body_bytes=release.service.max_body_bytes,
-                max_concurrent_requests=release.service.max_concurrent_requests,
-                drain_seconds=release.service.drain_seconds,
-            ),
-        )
-        (new / contract.MANIFEST_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+        (new / contract.MANIFEST_FILE).write_bytes(_manifest(release))
         with artifacts.alone_in(root):
             if not _same(new, directory):
                 _replace(directory, new, Path(temporary) / "old")
@@ -205,10 +190,36 @@ def _fill(store: Store, release: Release, package: Package, directory: Path) -> 
     artifacts.fetch(store, release.model.artifact, directory / contract.MODEL_DIRECTORY)
     artifacts.fetch(store, release.model.input_schema, directory / contract.SCHEMA_FILE)
     artifacts.fetch(store, release.model.golden, directory / contract.GOLDEN_FILE)
+    if release.serving is not None:
+        artifacts.fetch(store, release.serving.artifact, directory / contract.SERVING_DIRECTORY)
     wheel = directory / package.filename
     artifacts.fetch(store, index.artifact(store, package), wheel)
     _unpack(wheel, directory / contract.SITE_DIRECTORY)
     wheel.unlink()
+
+
+def _manifest(release: Release) -> bytes:
+    manifest = contract.Manifest(
+        release_id=release.release_id,
+        project=release.project,
+        package=release.import_name,
+        task=release.task,
+        git_sha=release.source.git_sha,
+        data_fingerprint=release.dataset.fingerprint,
+        as_of=release.dataset.as_of.isoformat(),
+        model_sha256=release.model.artifact.sha256,
+        limits=contract.Limits(
+            max_rows=release.service.max_rows,
+            max_body_bytes=release.service.max_body_bytes,
+            max_concurrent_requests=release.service.max_concurrent_requests,
+            drain_seconds=release.service.drain_seconds,
+            workers=release.service.workers,
+        ),
+    )
+    document = msgspec.to_builtins(manifest)
+    if release.serving is None:  # its own serving wheel is older than `workers`, and refuses what is unknown
+        del document["limits"]["workers"]
+    return msgspec.json.format(msgspec.json.encode(document))
 
 
 def _unpack(wheel: Path, site: Path) -> None:
@@ -238,9 +249,16 @@ def _check_member(wheel: str, member: zipfile.ZipInfo) -> None:
 
 
 def _same(new: Path, old: Path) -> bool:
-    """Whether `old` holds every file of `new`, byte for byte. What running code adds (.pyc) may stay."""
-    files = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
-    return all((old / file).is_file() and _equal(old / file, new / file) for file in files)
+    """Whether `old` holds every file of `new`, byte for byte. What running code adds (.pyc) may stay, but no
+    other way to serve the release.
+    """
+    files = _files(new)
+    ways = {file for file in _files(old) if file.parts[0] == contract.SERVING_DIRECTORY}
+    return ways <= files and all((old / file).is_file() and _equal(old / file, new / file) for file in files)
+
+
+def _files(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
 
 
 def _equal(one: Path, other: Path) -> bool:

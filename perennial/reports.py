@@ -1,4 +1,4 @@
-"""Pages that a person reads: what the data, the tests, the evaluation and the gates said."""
+"""Pages that a person reads: what the data, the tests, the evaluation, the gates and the compiler said."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from perennial.evaluation import Floats, Holdout
 from perennial.validation import DataReport
-from perennial.values import Evaluation, GateReport, Metric
+from perennial.values import Evaluation, GateReport, Metric, ServingForm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,6 +66,23 @@ def tests_page(passed: int, failed: Sequence[str], skipped: int, tail: str) -> s
             "```",
             tail,
             "```",
+        ]
+    )
+
+
+def serving_page(form: ServingForm) -> str:
+    """Markdown: how the release is served, why, and how far that is from the model as it was trained."""
+    title = "compiled" if form.path == "compiled" else "by the model as it was trained"
+    batching = "may" if form.batching else "may not"
+    return "\n".join(
+        [
+            f"# Served {title}",
+            "",
+            f"Why: {form.reason}",
+            "",
+            f"Parity: {form.parity}",
+            "",
+            f"Requests that wait {batching} be predicted together: {form.batching_reason}",
         ]
     )
 

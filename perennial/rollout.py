@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from perennial import router
+from perennial import parity, router
 from perennial.errors import PerennialError, ReleaseError, RolloutError
 from perennial.journal import Journal
 from perennial.settings import Settings
@@ -149,7 +149,7 @@ def prove(
     endpoint: Endpoint,
     folder: Path,
 ) -> ParityReport:
-    """Golden rows and smoke: what is served must be, bit for bit, what the model said when it was trained.
+    """Golden rows and smoke: what is served must be what the model said when it was trained (see `parity`).
 
     Raises RolloutError, the candidate withdrawn, when an answer differs.
     """
@@ -313,23 +313,14 @@ def _parity(url: str, golden: contract.Golden, release: Release) -> ParityReport
             f"{release.release_id} answers its golden rows with {status}: {str(answer)[:500]}",
             f"{len(golden.rows)} predictions",
         )
-    served = answer.get("predictions")
     if answer.get("release_id") != release.release_id:
         raise RolloutError(f"{url} answers for {answer.get('release_id')}", release.release_id)
-    if served != golden.predictions:
-        different = [
-            f"row {index}: served {ours!r}, trained {theirs!r}"
-            for index, (ours, theirs) in enumerate(zip(served or [], golden.predictions, strict=False))
-            if ours != theirs
-        ]
-        raise RolloutError(
-            f"{release.release_id} fails parity on {len(different)} of {len(golden.rows)} golden rows: "
-            + "; ".join(different[:3]),
-            "the predictions that the model made in the process that trained it, bit for bit",
-            "look for state that predict() keeps, or that save/load loses",
-        )
+    parity.check(release, answer.get("predictions"), golden.predictions)
     return ParityReport(
-        release_id=release.release_id, rows=len(golden.rows), seconds=round(time.monotonic() - began, 4)
+        release_id=release.release_id,
+        rows=len(golden.rows),
+        tolerance=parity.tolerance_of(release),
+        seconds=round(time.monotonic() - began, 4),
     )
 
 

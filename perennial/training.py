@@ -1,4 +1,4 @@
-"""Run the project's code in its own environment: load its data, run its tests, train, predict."""
+"""Run the project's code in its own environment: load its data, run its tests, train, compile, predict."""
 
 from __future__ import annotations
 
@@ -80,6 +80,57 @@ def train(
     )
     result = _run_trainer(request, project, python, config.limits.train_seconds, "training", work, on_line)
     return output, result
+
+
+def compile_model(
+    project: Project,
+    folder: Path,
+    python: Path,
+    parquet: Path,
+    trained: Path,
+    holdout_start: datetime | None,
+    holdout_rows: int | None,
+    work: Path,
+    on_line: OnLine | None = None,
+) -> tuple[Path, contract.Plan]:
+    """Find the fastest form of the model in `trained` that says what it says; returns the folder of the form.
+
+    Starts from an empty folder every time, as `train` does. Raises ChildFailed when the compiler breaks: a
+    model that it only cannot compile is no error, and the plan says why.
+    """
+    output = work / contract.SERVING_DIRECTORY
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    config = project.config
+    request = contract.CompileRequest(
+        source=str(folder / "src"),
+        package=project.package,
+        trained=str(trained),
+        parquet_path=str(parquet),
+        time_column=config.time_column,
+        holdout_start=holdout_start.isoformat() if holdout_start else None,
+        holdout_rows=holdout_rows,
+        compile=config.service.compiled != "never",
+        tolerance=config.service.compiled_tolerance,
+        seed=config.seed,
+        output=str(output),
+        result_path=str(work / "compile.result.json"),
+    )
+    try:
+        _run_trainer(request, project, python, config.limits.compile_seconds, "compiling", work, on_line)
+    except ChildFailed as error:
+        if not request.compile:
+            raise
+        without = 'set compiled = "never" under [tool.perennial.service] to serve the model as it is'
+        hint = f"{error.next_command}; or {without}" if error.next_command else without
+        raise ChildFailed(error.found, error.expected, hint) from error
+    plan_file = output / contract.PLAN_FILE
+    if not plan_file.is_file():
+        raise ChildFailed(f"compiling wrote no {contract.PLAN_FILE}", "a plan, whatever the model")
+    plan = msgspec.json.decode(plan_file.read_bytes(), type=contract.Plan)
+    if plan.path == "compiled" and not (output / contract.ONNX_FILE).is_file():
+        raise ChildFailed(f"compiling wrote no {contract.ONNX_FILE}", "the model that its plan speaks of")
+    return output, plan
 
 
 def predict(

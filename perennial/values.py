@@ -174,14 +174,51 @@ class Package(Value):
     index: str
 
 
+class ServingForm(Value):
+    """How a release is served, as its build found out: compiled or as it was trained, and how exactly."""
+
+    path: Literal["compiled", "original"]
+    reason: str
+    batching: bool  # rows of several requests may be predicted by one call
+    batching_reason: str
+    max_abs_difference: float | None = None  # of the compiled model from the original, on all rows compared
+    rows: int = 0
+    edge_rows: int = 0
+    tolerance: float | None = None  # of a compiled model: absolute up to 1, above it relative
+    artifact: Artifact
+
+    @property
+    def parity(self) -> str:
+        """How exactly what is served was found to be what was trained, in one line."""
+        if self.max_abs_difference is None:
+            return "nothing compiled was compared with the original"
+        within = f", within a tolerance of {self.tolerance:g}" if self.tolerance is not None else ""
+        return (
+            f"largest difference from the original {self.max_abs_difference:.3g} on {self.rows:,} rows "
+            f"of the holdout and {self.edge_rows:,} edge rows{within}"
+        )
+
+
+DEFAULT_TOLERANCE = 1e-9
+
+
 class ServiceLimits(Value):
-    """What the service of a model accepts, how long it may take to get ready and to end."""
+    """What the service of a model accepts, how long it may take to get ready and to end, and its form.
+
+    What was added since the first release is left out of a document where it has its default, so that the
+    digest of an older release, and with it its approval, stays.
+    """
 
     max_rows: int = Field(default=1000, ge=1)
     max_body_bytes: int = Field(default=8_388_608, ge=1024)
     max_concurrent_requests: int = Field(default=256, ge=1)
     drain_seconds: float = Field(default=30.0, ge=0)
     ready_timeout_seconds: float = Field(default=60.0, gt=0)
+    compiled: Literal["auto", "never", "required"] = Field(default="auto", exclude_if=lambda it: it == "auto")
+    compiled_tolerance: float = Field(
+        default=DEFAULT_TOLERANCE, ge=0, lt=1, exclude_if=lambda it: it == DEFAULT_TOLERANCE
+    )
+    workers: int = Field(default=0, ge=0, exclude_if=lambda it: it == 0)  # 0: one per CPU it may use
 
 
 class Release(Value):
@@ -204,14 +241,20 @@ class Release(Value):
     package: Package | None = None  # of an accepted release only
     mlflow_version: str | None = None
     mlflow_run_id: str | None = None
+    # Of an accepted release; without it, as in all before there was one, the original serves, unbatched.
+    serving: ServingForm | None = Field(default=None, exclude_if=lambda it: it is None)
     created_at: datetime
 
 
 class ParityReport(Value):
-    """What is served is what was trained: this many golden rows were answered bit for bit alike."""
+    """What is served is what was trained: this many golden rows were answered alike.
+
+    Without a `tolerance` bit for bit; else within it, absolute up to 1 and relative above.
+    """
 
     release_id: ReleaseId
     rows: int
+    tolerance: float = 0.0
     seconds: float
 
 

@@ -18,6 +18,9 @@ MANIFEST_FILE = "manifest.json"
 SCHEMA_FILE = "schema.json"
 GOLDEN_FILE = "golden.json"
 MODEL_DIRECTORY = "model"
+SERVING_DIRECTORY = "serving"  # how the model is served: the plan, and the compiled model where there is one
+PLAN_FILE = "plan.json"
+ONNX_FILE = "model.onnx"
 SITE_DIRECTORY = "site"  # the project's wheel, unpacked
 
 EXPLAINED_FAILURE = 3  # exit code of a process whose Result holds an error
@@ -48,6 +51,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_body_bytes: int = 8_388_608
     max_concurrent_requests: int = 256
     drain_seconds: float = 30.0
+    workers: int = 0  # processes; 0: one per CPU that the service may use
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -62,6 +66,45 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     as_of: str
     model_sha256: str
     limits: Limits = msgspec.field(default_factory=Limits)
+
+
+class Lookup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A column of few values, of which the compiled model is given codes.
+
+    The code of `values[i]` is i, of any other value `len(values)`, of null `len(values) + 1`.
+    """
+
+    column: str
+    values: tuple[str | float | bool, ...]
+
+
+class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far the compiled model was from the original, on all rows that both predicted.
+
+    The difference is absolute for predictions up to 1, relative to the original's above.
+    """
+
+    rows: int
+    edge_rows: int
+    max_abs_difference: float
+    tolerance: float
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a release is served: by the compiled model or by the original, and whether requests may be batched.
+
+    The compiled model is an ONNX graph with the inputs `numbers` (float64, [rows, len(numbers)], null is NaN)
+    and `codes` (int64, [rows, len(lookups)]; see `Lookup`) and the output `prediction` (float64, [rows]). An
+    input of no columns is left out of the graph.
+    """
+
+    path: Literal["compiled", "original"]
+    reason: str  # why this path, one sentence
+    batching: bool  # rows of several requests may be predicted by one call
+    batching_reason: str
+    numbers: tuple[str, ...] = ()
+    lookups: tuple[Lookup, ...] = ()
+    parity: Parity | None = None
 
 
 class Golden(msgspec.Struct, frozen=True):
@@ -117,7 +160,29 @@ class PredictRequest(msgspec.Struct, frozen=True, tag="predict", forbid_unknown_
     result_path: str
 
 
-Request = SnapshotRequest | TrainRequest | PredictRequest
+class CompileRequest(msgspec.Struct, frozen=True, tag="compile", forbid_unknown_fields=True):
+    """Find the fastest form of a trained model that says what the model says; write it to `output`.
+
+    `trained` is what a `TrainRequest` wrote. `output` gets `plan.json`, and `model.onnx` of a compiled model.
+    Parity is checked on the holdout, on its single rows, and on edge rows. Without `compile` the model serves
+    as it is, and only whether its requests may be batched is found out.
+    """
+
+    source: str
+    package: str
+    trained: str
+    parquet_path: str
+    time_column: str | None
+    holdout_start: str | None
+    holdout_rows: int | None
+    compile: bool
+    tolerance: float  # absolute, of a prediction
+    seed: int
+    output: str
+    result_path: str
+
+
+Request = SnapshotRequest | TrainRequest | PredictRequest | CompileRequest
 
 
 class Explained(msgspec.Struct, frozen=True):

@@ -1,126 +1,126 @@
-"""The prediction log: one JSON line per answered request, in memory, then on local disk, then in the store.
+"""The prediction log: every answered row, in memory, then on local disk, then in the store.
 
-    append ──► queue (bounded by bytes) ──► writer: spool file ──► shipper: object in the store
-               full: dropped and counted     every 0.25 s           every 60 s or 16 MiB, retried for ever
+    append ──► queue (bounded by bytes) ──► writer: record batch ──► shipper: object in the store
+               full: dropped and counted     every 0.25 s            every 60 s or 16 MiB, retried for ever
 
-A spool file lies under `SPOOL/<environment>/<project>/<date>/` and becomes the object
-`predictions/<environment>/<project>/<date>/<release_id>-<utc time>-<pid>-<seq>.jsonl`; it is deleted only
-after the store has it. Its owner holds a lock on it, so what a killed process left behind is shipped by the
-next one with the same spool directory, and nobody ships the file of a living process.
+`append` keeps the request's own Python objects; arrow_log.py makes columns of them on the writer's thread,
+spool.py keeps the files, shipper.py brings them away. A process that is killed loses what it accepted in the
+last 0.25 s. The threads share the interpreter with the event loop's, so the writer works in batches and
+pauses often.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
-import msgspec
+from serving.arrow_log import BatchEncoder
+from serving.contract import Column
+from serving.shipper import Shipper
+from serving.spool import Segment, create, end_stream, replace, today
 
 logger = logging.getLogger("perennial.prediction_log")
 
-PREFIX = "predictions"
 FLUSH_SECONDS = 0.25
-FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.5, 30.0
+FLUSH_BYTES = 1_048_576  # of the queue's memory: under load it is flushed sooner, and stays small
 MIB = 1_048_576
+BATCH_ROWS = 2000
+TAKEN_BYTES = 8 * MIB
 
+# A busy service writes large batches. One of few requests writes a small one per flush, of more header than
+# rows: those are kept in memory until the file is finished, and it is then written anew in few batches.
+MERGED_ROWS, MERGED_BYTES = 2000, 4 * MIB
 
-class Record(msgspec.Struct, frozen=True):
-    """What one request asked and was told; `time` is UTC, ISO 8601."""
+# Measured: what a queued request, a row and a value take in memory besides the text of the request.
+REQUEST_BYTES, ROW_BYTES, VALUE_BYTES = 400, 120, 34
 
-    release_id: str
-    request_id: str
-    time: str
-    environment: str
-    rows: list[dict[str, object]]
-    predictions: list[float]
+Entry = tuple[Sequence[tuple[Any, ...]], Sequence[float], str, float, int]
 
 
 @dataclass
 class Counts:
-    """Predictions (rows, not requests) by what became of them."""
+    """Predictions (rows, not requests) by what became of them; `misfits` are values logged as null.
+
+    They only grow: what was accepted, and the disk then refused or somebody removed from it, is dropped too.
+    """
 
     accepted: int = 0
     dropped: int = 0
     stored: int = 0
-
-
-@dataclass
-class Segment:
-    """A spool file of ours: open, locked, and either being written or waiting to be shipped."""
-
-    path: Path
-    descriptor: int
-    opened_at: float
-    bytes: int = 0
-    predictions: int = 0
+    misfits: int = 0
 
 
 @dataclass
 class PredictionLog:
-    """Accepts records without blocking; its two threads run from `start` to `close`."""
+    """Accepts rows without blocking; its two threads run from `start` to `close`. Made after a fork."""
 
     url: str
     spool: Path
     environment: str
     project: str
     release_id: str
-    queue_bytes: int = 64 * MIB
-    spool_bytes: int = 1024 * MIB  # unshipped files; beyond it records are dropped, and counted
+    columns: tuple[Column, ...]
+    counts: Counts = field(default_factory=Counts)
+    queue_bytes: int = 64 * MIB  # of memory
+    spool_bytes: int = 1024 * MIB  # of this process's unshipped files; beyond it, rows are dropped
     segment_bytes: int = 16 * MIB
     segment_seconds: float = 60.0
-    counts: Counts = field(default_factory=Counts)
 
     def __post_init__(self) -> None:
         for part in (self.environment, self.project, self.release_id):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", part):
                 raise ValueError(f"{part!r} cannot be part of a path in the store")
-        self._encoder = msgspec.json.Encoder()
+        self._encoder = BatchEncoder(
+            self.columns,
+            {"release_id": self.release_id, "project": self.project, "environment": self.environment},
+        )
+        self._row_bytes = ROW_BYTES + VALUE_BYTES * len(self.columns)
         self._lock = threading.Lock()
-        self._queue: deque[tuple[bytes, int]] = deque()
+        self._queue: deque[Entry] = deque()
         self._queued_bytes = 0
-        self._spooled_bytes = 0
+        self._spool_is_full = False
         self._sequence = 0
         self._segment: Segment | None = None
-        self._finished: deque[Segment] = deque()
-        self._writing = threading.Event()
-        self._wake_shipper = threading.Event()
+        self._kept: list[list[Entry]] | None = []  # by write, all of the segment's, while they are few
+        self._kept_bytes = 0
         self._closing = False
-        self._abandon = threading.Event()
+        self._wake_writer = threading.Event()
+        self._failing = False
+        self._shipper = Shipper(self.url, self.spool, self._count_stored, self._count_lost)
         self._writer = threading.Thread(target=self._write_until_closed, name="prediction-log", daemon=True)
-        self._shipper = threading.Thread(target=self._ship_until_closed, name="prediction-ship", daemon=True)
 
     def start(self) -> None:
         """Take over what dead processes left in the spool, and begin."""
-        self.spool.mkdir(parents=True, exist_ok=True)
-        for segment in adopt(self.spool):
-            logger.info("shipping %s, left by a process that ended", segment.path.name)
-            self._spooled_bytes += segment.bytes
-            self._finished.append(segment)
-        self._writer.start()
         self._shipper.start()
+        self._writer.start()
 
-    def append(self, record: Record) -> bool:
-        """Accept a record, or drop and count it when the queue is full. Costs one encoding; never waits."""
-        line = self._encoder.encode(record) + b"\n"
-        predictions = len(record.predictions)
+    def append(
+        self, rows: Sequence[tuple[Any, ...]], predictions: Sequence[float], request_id: str, size: int
+    ) -> bool:
+        """Accept the rows of a request of `size` bytes, or drop and count them when the queue is full.
+
+        Costs about 1 µs and never waits. Rows and predictions are kept as they are: nobody may change them.
+        """
+        count = len(rows)
+        weight = REQUEST_BYTES + count * self._row_bytes + size
         with self._lock:
-            full = self._queued_bytes + len(line) > self.queue_bytes
-            if full or self._spooled_bytes > self.spool_bytes or self._closing:
-                self.counts.dropped += predictions
+            if self._queued_bytes + weight > self.queue_bytes or self._spool_is_full or self._closing:
+                self.counts.dropped += count
                 return False
-            self._queue.append((line, predictions))
-            self._queued_bytes += len(line)
-            self.counts.accepted += predictions
+            self._queue.append((rows, predictions, request_id, time.time(), weight))
+            self._queued_bytes += weight
+            self.counts.accepted += count
+        if self._queued_bytes > FLUSH_BYTES and not self._wake_writer.is_set():
+            self._wake_writer.set()
         return True
 
     def close(self, timeout_seconds: float = 15.0) -> bool:
@@ -131,187 +131,164 @@ class PredictionLog:
         deadline = time.monotonic() + timeout_seconds
         with self._lock:
             self._closing = True
-        self._writing.set()
+        self._shipper.hurry()
+        self._wake_writer.set()
         self._writer.join(timeout_seconds)
-        self._wake_shipper.set()
-        self._shipper.join(max(deadline - time.monotonic(), 0.0))
-        self._abandon.set()
-        left = [segment.path.name for segment in list(self._finished)]
-        if left:
-            logger.error(
-                "the store %s is away: %d file(s) stay in the spool %s", self.url, len(left), self.spool
-            )
-        return not left and not self._queue
+        stored = self._shipper.close(max(deadline - time.monotonic(), 0.0))
+        return stored and not self._queue and not self._writer.is_alive()
 
     def _write_until_closed(self) -> None:
         while True:
             closing = self._closing
-            try:
-                self._write_queued()
-                segment = self._segment
-                if segment and (closing or time.monotonic() - segment.opened_at >= self.segment_seconds):
-                    self._finish_segment()
-            except OSError:
-                logger.exception("cannot write to the spool %s", self.spool)
+            failure = self._attempt(self._write_waiting)
+            if self._is_due(closing, failure is not None):
+                failure = self._attempt(self._finish_segment) or failure
+            if failure and not self._failing:
+                logger.error("cannot write to the spool %s", self.spool, exc_info=failure)
+            self._failing = failure is not None
+            self._look_at_spool()
             if closing and not self._queue:
                 return
             if closing:
                 time.sleep(FLUSH_SECONDS)  # the disk refuses: close() decides how long to wait
-            self._writing.wait(FLUSH_SECONDS)
+            self._wake_writer.wait(FLUSH_SECONDS)
+            if not self._closing:
+                self._wake_writer.clear()
 
-    def _write_queued(self) -> None:
-        while self._queue:
-            lines: list[tuple[bytes, int]] = []
-            size = 0
-            with self._lock:
-                while self._queue and size < MIB:
-                    lines.append(self._queue.popleft())
-                    size += len(lines[-1][0])
-                self._queued_bytes -= size
-            written = 0
-            try:
-                segment = self._segment or self._open_segment()
-                try:
-                    _write_all(segment.descriptor, b"".join(line for line, _ in lines))
-                    written = len(lines)
-                except OSError:
-                    written = self._cut_after_whole_lines(segment, lines)
-                    raise
-                finally:
-                    self._count_written(segment, lines[:written])
-            except OSError:
-                predictions = sum(count for _, count in lines[written:])
-                with self._lock:
-                    self.counts.accepted -= predictions
-                    self.counts.dropped += predictions
-                raise
-            if segment.bytes >= self.segment_bytes:
-                self._finish_segment()
-
-    def _count_written(self, segment: Segment, lines: list[tuple[bytes, int]]) -> None:
-        size = sum(len(line) for line, _ in lines)
-        segment.bytes += size
-        segment.predictions += sum(count for _, count in lines)
-        with self._lock:
-            self._spooled_bytes += size
-
-    def _cut_after_whole_lines(self, segment: Segment, lines: list[tuple[bytes, int]]) -> int:
-        """After a write that failed half-way: how many of its lines are on disk, with nothing after them."""
+    def _attempt(self, step: Callable[[], None]) -> Exception | None:
         try:
-            room = os.fstat(segment.descriptor).st_size - segment.bytes
-            whole = size = 0
-            for line, _ in lines:
-                if size + len(line) > room:
-                    break
-                whole, size = whole + 1, size + len(line)
-            os.ftruncate(segment.descriptor, segment.bytes + size)
-        except OSError:
-            # Half a line stays: this file is left as it is for the next process, which cuts what it adopts.
-            self._segment = None
-            os.close(segment.descriptor)
-            return 0
-        return whole
+            step()
+        except Exception as error:  # a full disk, most likely: what was lost is counted
+            return error
+        return None
+
+    def _write_waiting(self) -> None:
+        # What comes meanwhile waits for the next flush: it would make small batches.
+        waiting = len(self._queue)
+        while waiting:
+            waiting -= self._write_some(waiting)
+
+    def _is_due(self, closing: bool, failed: bool) -> bool:
+        """Whether the segment, which is not full, is to be shipped."""
+        segment = self._segment
+        if segment is None or closing:
+            return segment is not None
+        if self._shipper.is_crowded:  # the store is away: rather few files, but none of two whole days
+            return segment.path.parent.name != today()
+        # What is shipped makes room on a full disk.
+        return failed or time.monotonic() - segment.opened_at >= self.segment_seconds
+
+    def _look_at_spool(self) -> None:
+        written = self._segment.size if self._segment else 0
+        self._spool_is_full = self._shipper.waiting_bytes + written > self.spool_bytes
+
+    def _write_some(self, most: int) -> int:
+        """Write a batch of at most so many of the queue's entries; how many it took."""
+        entries = self._take(most)
+        predictions = sum(len(entry[0]) for entry in entries)
+        try:
+            content = b"".join(self._batches(entries))
+            segment = self._segment or self._open_segment()
+            try:
+                segment.write(content)
+            finally:
+                if segment.descriptor < 0:
+                    self._segment = None
+        except Exception:
+            self._count_lost(predictions)
+            raise
+        segment.predictions += predictions
+        if self._kept is not None:
+            self._kept.append(entries)
+            self._kept_bytes += sum(entry[4] for entry in entries)
+            if segment.predictions > MERGED_ROWS or self._kept_bytes > MERGED_BYTES:
+                self._kept = None
+        if segment.size >= self.segment_bytes:
+            self._finish_segment()
+            self._look_at_spool()
+        return len(entries)
+
+    def _take(self, most: int) -> list[Entry]:
+        """The oldest entries, of about a batch's rows."""
+        entries: list[Entry] = []
+        rows = weight = 0
+        pop = self._queue.popleft
+        while len(entries) < most and rows < BATCH_ROWS and weight < TAKEN_BYTES:
+            some = [pop() for _ in range(min(most - len(entries), 64))]
+            entries += some
+            rows += sum([len(entry[0]) for entry in some])
+            weight += sum([entry[4] for entry in some])
+            self._encoder.breathe()
+        with self._lock:
+            self._queued_bytes -= weight
+        return entries
+
+    def _batches(self, entries: Sequence[Entry]) -> Iterator[bytes]:
+        breathe, before = self._encoder.breathe, self._encoder.misfits
+        by_request, predicted, ids, times, _ = zip(*entries, strict=True)
+        breathe()
+        lengths = list(map(len, by_request))
+        if lengths != list(map(len, predicted)):
+            predicted = tuple(map(self._predictions_of, predicted, lengths))
+        rows = list(chain.from_iterable(by_request))
+        breathe()
+        predictions = list(chain.from_iterable(predicted))
+        breathe()
+        indices: Sequence[int] = [0] * len(rows)
+        if len(rows) > len(entries) or 0 in lengths:
+            ids = tuple(chain.from_iterable(map(repeat, ids, lengths)))
+            times = tuple(chain.from_iterable(map(repeat, times, lengths)))
+            indices = list(chain.from_iterable(map(range, lengths)))
+        for start in range(0, len(rows), BATCH_ROWS):
+            part = slice(start, start + BATCH_ROWS)
+            yield self._encoder.batch(ids[part], indices[part], times[part], rows[part], predictions[part])
+        if self._encoder.misfits > before:
+            if not self.counts.misfits:
+                logger.error("a value did not fit its column and is logged as null; perhaps there are more")
+            self.counts.misfits = self._encoder.misfits
+
+    def _predictions_of(self, predictions: Sequence[float], length: int) -> Sequence[float | None]:
+        if len(predictions) == length:
+            return predictions
+        self._encoder.misfits += length  # nobody can say which is whose
+        return [None] * length
 
     def _open_segment(self) -> Segment:
-        now = datetime.now(UTC)
         self._sequence += 1
-        name = f"{self.release_id}-{now:%Y%m%dT%H%M%S%fZ}-{os.getpid()}-{self._sequence}.jsonl"
-        path = self.spool / self.environment / self.project / f"{now:%Y-%m-%d}" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Locked before it gets the name that adopters look for.
-        hidden = path.with_suffix(".opening")
-        descriptor = os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        hidden.rename(path)
-        self._segment = Segment(path, descriptor, time.monotonic())
-        return self._segment
+        name = f"{self.release_id}-{{time}}-{os.getpid()}-{self._sequence}.arrows"
+        segment = create(self.spool / self.environment / self.project, name)
+        try:
+            segment.write(self._encoder.header)
+        except OSError:
+            if segment.descriptor >= 0:
+                segment.delete()
+            raise
+        self._segment, self._kept, self._kept_bytes = segment, [], 0
+        return segment
 
     def _finish_segment(self) -> None:
-        segment, self._segment = self._segment, None
-        if segment is not None and not segment.bytes:  # nothing but failed writes
-            segment.path.unlink(missing_ok=True)
-            os.close(segment.descriptor)
-        elif segment is not None:
-            self._finished.append(segment)
-            self._wake_shipper.set()
-
-    def _ship_until_closed(self) -> None:
-        pause = FIRST_RETRY_SECONDS
-        store: Any = None
-        while not self._abandon.is_set():
-            if not self._finished:
-                if self._closing and not self._writer.is_alive():
-                    return
-                self._wake_shipper.wait(1.0)
-                self._wake_shipper.clear()
-                continue
-            segment = self._finished[0]
+        segment, kept = self._segment, self._kept
+        if segment is None:
+            return
+        self._segment = self._kept = None
+        if not segment.predictions:  # nothing but failed writes
+            segment.delete()
+            return
+        if kept and len(kept) > 1:
+            misfits = self._encoder.misfits
+            entries = list(chain.from_iterable(kept))
             try:
-                store = store or open_store(self.url)
-                store.put(object_key(self.spool, segment.path), segment.path)
-            except Exception as error:  # whatever the store raises, the file stays and is tried again
-                reason = str(error).partition("\n")[0]
-                logger.warning("cannot put %s into the store: %s", segment.path.name, reason)
-                self._pause(pause)
-                pause = min(pause * 2, LAST_RETRY_SECONDS)
-                continue
-            pause = FIRST_RETRY_SECONDS
-            segment.path.unlink(missing_ok=True)
-            os.close(segment.descriptor)
-            with self._lock:
-                self._spooled_bytes -= segment.bytes
-                self.counts.stored += segment.predictions
-            self._finished.popleft()
+                replace(segment, self._encoder.header + b"".join(self._batches(entries)))
+            except Exception as error:
+                logger.warning("cannot write %s anew (%s); it is shipped as it is", segment.path.name, error)
+            self._encoder.misfits = self.counts.misfits = misfits
+        end_stream(segment)
+        if segment.descriptor >= 0:
+            self._shipper.add(segment)
 
-    def _pause(self, seconds: float) -> None:
-        """Wait before the next try; less once `close` waits for it."""
-        until = time.monotonic() + seconds
-        while not self._closing and time.monotonic() < until and not self._abandon.wait(FLUSH_SECONDS):
-            pass
-        self._abandon.wait(FIRST_RETRY_SECONDS)
+    def _count_stored(self, predictions: int) -> None:
+        self.counts.stored += predictions
 
-
-def adopt(spool: Path) -> Iterator[Segment]:
-    """Spool files that no living process holds, locked for us, cut after their last whole line."""
-    for path in sorted(spool.glob("*/*/*/*.jsonl")):
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_APPEND)
-        except FileNotFoundError:
-            continue  # its owner has shipped it
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(descriptor).st_nlink == 0:
-                raise BlockingIOError  # shipped between open and lock
-        except BlockingIOError:
-            os.close(descriptor)
-            continue
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.ftruncate(descriptor, whole)
-        if whole == 0:
-            path.unlink()
-            os.close(descriptor)
-            continue
-        yield Segment(path, descriptor, time.monotonic(), bytes=whole)
-
-
-def object_key(spool: Path, path: Path) -> str:
-    """Where a spool file goes in the store."""
-    return f"{PREFIX}/{path.relative_to(spool).as_posix()}"
-
-
-def open_store(url: str) -> Any:
-    """The store at `file:///…` or `s3://bucket/prefix`; credentials and endpoint come from AWS_*."""
-    from obstore.store import from_url
-
-    if url.startswith("file:"):
-        return from_url(url, mkdir=True)
-    # No client_options: with any given here, obstore no longer reads AWS_ALLOW_HTTP.
-    return from_url(url, retry_config={"max_retries": 1})
-
-
-def _write_all(descriptor: int, content: bytes) -> None:
-    view = memoryview(content)
-    while view:
-        view = view[os.write(descriptor, view) :]
+    def _count_lost(self, predictions: int) -> None:
+        with self._lock:
+            self.counts.dropped += predictions

@@ -26,7 +26,7 @@ class WrongValue(Exception):
 
 
 class RowChecker:
-    """A schema, compiled once."""
+    """A schema, compiled once. Explains what is wrong; decode.py has the fast way for what is right."""
 
     def __init__(self, schema: InputSchema) -> None:
         keys = [key for key in schema.keys if key.name not in {f.name for f in schema.features}]
@@ -42,7 +42,7 @@ class RowChecker:
         return self._allowed
 
     def columns(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Values]:
-        """The features' values, column by column, as frames.from_columns takes them.
+        """The values, column by column, as frames.from_columns takes them; None for a key that is not given.
 
         Raises `BadRequest` (422) with row, column, what was found and what was expected.
         """
@@ -58,33 +58,31 @@ class RowChecker:
             present = row.keys()
             if present != self._required and not (self._required <= present <= self._allowed):
                 raise self._wrong_columns(index, row)
-        columns = {column.name: self._checked(column, check, rows) for column, check in self._feature_checks}
+        values = {
+            column.name: _checked(column, check, [row[column.name] for row in rows])
+            for column, check in self._feature_checks
+        }
         for column, check in self._key_checks:
-            self._checked(column, check, rows, optional=True)
-        return columns
+            name = column.name
+            given = [index for index, row in enumerate(rows) if name in row]
+            key: Values = [None] * len(rows)
+            checked = _checked(column, check, [rows[index][name] for index in given], given)
+            for index, value in zip(given, checked, strict=True):
+                key[index] = value
+            values[name] = key
+        return values
 
-    def _checked(
-        self,
-        column: Column,
-        check: Callable[[Values], Values],
-        rows: Sequence[Mapping[str, Any]],
-        optional: bool = False,
-    ) -> Values:
-        name = column.name
-        indices = [i for i, row in enumerate(rows) if name in row] if optional else range(len(rows))
-        try:
-            return check([rows[i][name] for i in indices])
-        except WrongValue as wrong:
-            expected = expected_of(column)
-            row = indices[wrong.row]
-            raise BadRequest(
-                422,
-                f"row {row}, column {name!r}: found {wrong.found}, expected {expected}",
-                row=row,
-                column=name,
-                found=wrong.found,
-                expected=expected,
-            ) from None
+    def tensors(self, given: Mapping[str, Values], rows: int) -> dict[str, Values]:
+        """The same of values that come by column, each `rows` long and at least one."""
+        present = given.keys()
+        if present != self._required and not (self._required <= present <= self._allowed):
+            raise self._wrong_columns(0, given)
+        return {
+            column.name: _checked(column, check, given[column.name])
+            if column.name in given
+            else [None] * rows
+            for column, check in (*self._feature_checks, *self._key_checks)
+        }
 
     def _wrong_columns(self, index: int, row: Mapping[str, Any]) -> BadRequest:
         extra = sorted(row.keys() - self._allowed)
@@ -111,6 +109,28 @@ class RowChecker:
             found="nothing",
             expected=expected_of(column),
         )
+
+
+def _checked(
+    column: Column,
+    check: Callable[[Values], Values],
+    values: Values,
+    rows: Sequence[int] | None = None,
+) -> Values:
+    """`rows` are the rows' numbers, where the values are not those of all rows."""
+    try:
+        return check(values)
+    except WrongValue as wrong:
+        expected = expected_of(column)
+        row = wrong.row if rows is None else rows[wrong.row]
+        raise BadRequest(
+            422,
+            f"row {row}, column {column.name!r}: found {wrong.found}, expected {expected}",
+            row=row,
+            column=column.name,
+            found=wrong.found,
+            expected=expected,
+        ) from None
 
 
 def expected_of(column: Column) -> str:

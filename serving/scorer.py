@@ -5,27 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-import msgspec
+from typing import TYPE_CHECKING, Any
 
 from serving.artifact import load_model
-from serving.contract import (
-    MANIFEST_FILE,
-    MODEL_DIRECTORY,
-    SCHEMA_FILE,
-    SITE_DIRECTORY,
-    InputSchema,
-    Manifest,
-)
+from serving.contract import MODEL_DIRECTORY, SITE_DIRECTORY
 from serving.errors import ContractError
 from serving.frames import from_columns
+from serving.release import read_manifest, read_schema
 from serving.rows import RowChecker
 
 if TYPE_CHECKING:
     import pandas as pd
-
-T = TypeVar("T")
 
 
 class Scorer:
@@ -42,7 +32,11 @@ class Scorer:
 
     def predict(self, rows: Sequence[Mapping[str, Any]]) -> list[float]:
         """One prediction per row. Raises `BadRequest` for rows that do not fit the schema."""
-        return self.predict_frame(from_columns(self.checker.columns(rows), self.schema.features))
+        return self.predict_columns(self.checker.columns(rows))
+
+    def predict_columns(self, columns: Mapping[str, Sequence[Any]]) -> list[float]:
+        """One prediction per row of checked values, which come by column."""
+        return self.predict_frame(from_columns(columns, self.schema.features))
 
     def predict_frame(self, frame: pd.DataFrame) -> list[float]:
         """One prediction per row of a frame of the features."""
@@ -79,22 +73,3 @@ def predictions_of(model: Any, frame: pd.DataFrame) -> list[float]:
         )
     numbers: list[float] = array.astype(np.float64).tolist()
     return numbers
-
-
-def read_manifest(release: Path) -> Manifest:
-    """The manifest of a release directory."""
-    return _read(release / MANIFEST_FILE, Manifest)
-
-
-def read_schema(release: Path) -> InputSchema:
-    """The input schema of a release directory."""
-    return _read(release / SCHEMA_FILE, InputSchema)
-
-
-def _read(path: Path, kind: type[T]) -> T:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, msgspec.MsgspecError) as error:
-        raise ContractError(
-            f"no usable {path.name}: {error}", "a release directory", str(path.parent)
-        ) from error

@@ -28,6 +28,7 @@ from serving.contract import (
     MODEL_DIRECTORY,
     SCHEMA_FILE,
     Column,
+    CompileRequest,
     Explained,
     Golden,
     InputSchema,
@@ -39,6 +40,7 @@ from serving.contract import (
 )
 from serving.errors import BadRequest, ContractError
 from serving.frames import columns_of, from_columns, from_table, json_rows
+from serving.release import read_schema
 from serving.rows import RowChecker
 from serving.scorer import Scorer, predictions_of
 
@@ -64,6 +66,8 @@ def main(arguments: Sequence[str]) -> int:
                 result = train(request)
             case PredictRequest():
                 result = predict(request)
+            case CompileRequest():
+                result = compile_trained(request)
     except ContractError as error:
         sys.stderr.write(f"{error}\n")
         result = Result(error=Explained(found=error.found, expected=error.expected, where=error.where))
@@ -159,6 +163,17 @@ def predict(request: PredictRequest) -> Result:
     snapshot.write_table(pa.table({"prediction": predictions}), Path(request.predictions_path))
     _say(f"predicted {table.num_rows:,} rows")
     return Result(rows=table.num_rows)
+
+
+def compile_trained(request: CompileRequest) -> Result:
+    """Write the plan of how a trained model is served, and the compiled model where there is one."""
+    sys.path.insert(0, request.source)
+    from serving.compiler import compile_model
+
+    trained = Path(request.trained)
+    model = load_model(trained / MODEL_DIRECTORY, request.package)
+    compile_model(model, read_schema(trained), request, _say)
+    return Result()
 
 
 def golden_of(model: Any, reloaded: Any, holdout: pa.Table, schema: InputSchema, count: int) -> Golden:

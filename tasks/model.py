@@ -14,6 +14,7 @@ from perennial.values import (
     GateReport,
     ModelEnvironment,
     ReleaseId,
+    ServingForm,
     Source,
     TestReport,
     TrainedModel,
@@ -122,3 +123,32 @@ def check_gates(project: Project, evaluation: Evaluation, release_id: ReleaseId)
         description="How good the model is on the newest days",
     )
     return verdict
+
+
+@task
+def compile_model(
+    code: Source, project: Project, environment: ModelEnvironment, dataset: Dataset, model: TrainedModel
+) -> ServingForm:
+    """The fastest form of the model that says what it says; the model itself where there is none."""
+    store, work = edge.store(), edge.work_folder()
+    start, rows = snapshot.split(dataset, project.config)
+    trained = assessment.restore_model(store, model, work / "compile")
+    output, plan = training.compile_model(
+        project,
+        edge.project_folder(code),
+        edge.environment_python(environment),
+        edge.snapshot_file(dataset),
+        trained,
+        start,
+        rows,
+        work,
+        get_run_logger().info,
+    )
+    form = assessment.keep_form(store, project, output, plan)
+    create_markdown_artifact(
+        key=f"serving-{slug(project.name)}",
+        markdown=reports.serving_page(form),
+        description=f"How the release is served: {form.path}",
+    )
+    assessment.check_form(project.config, form)
+    return form

@@ -9,7 +9,7 @@ from prefect.states import Failed, State
 from perennial import artifacts, environments, index, registry, releases
 from perennial.config import Project
 from perennial.settings import settings
-from perennial.values import Package, Release, Source, slug
+from perennial.values import Package, Release, ServingForm, Source, slug
 from tasks import edge
 
 
@@ -27,14 +27,15 @@ def publish_package(code: Source, project: Project) -> Package:
 
 
 @task(**edge.REPEATABLE)
-def register_model(draft: Release, package: Package) -> Release:
+def register_model(draft: Release, serving: ServingForm, package: Package) -> Release:
     """One MLflow run and model version for the release, `challenger` pointing at it."""
-    release = draft.model_copy(update={"package": package})
+    release = draft.model_copy(update={"serving": serving, "package": package})
     store = edge.store()
     model = artifacts.open_local(store, release.model.artifact, edge.work_folder())
+    form = artifacts.open_local(store, serving.artifact, edge.work_folder())
     report = release.evaluation.report
     page = artifacts.open_local(store, report, edge.work_folder()) / "evaluation.html" if report else None
-    registered = registry.register(settings().mlflow_url, release, model, page)
+    registered = registry.register(settings().mlflow_url, release, model, page, form)
     create_link_artifact(
         key=f"mlflow-{slug(release.project)}",
         link=registered.url,

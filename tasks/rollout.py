@@ -42,7 +42,7 @@ def start_candidate(release: Release, environment: Environment) -> Endpoint:
 
 @task
 def check_candidate(release: Release, environment: Environment, candidate: Endpoint) -> ParityReport:
-    """Golden rows, bit for bit, and a smoke test."""
+    """Golden rows, as they were predicted in training, and a smoke test."""
     assert candidate.release_id == release.release_id
     endpoint = _start(release, environment)  # it runs, unless this is a retry: then it was withdrawn
     report = rollout.prove(
@@ -53,7 +53,10 @@ def check_candidate(release: Release, environment: Environment, candidate: Endpo
         endpoint,
         edge.release_folder(release),
     )
-    get_run_logger().info("%s golden rows answered as trained, in %s s", report.rows, report.seconds)
+    exactness = f"within {report.tolerance:g}" if report.tolerance else "bit for bit"
+    get_run_logger().info(
+        "%s golden rows answered as trained, %s, in %s s", report.rows, exactness, report.seconds
+    )
     return report
 
 

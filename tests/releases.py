@@ -23,6 +23,7 @@ from perennial.values import (
     ModelEnvironment,
     Release,
     ServiceLimits,
+    ServingForm,
     Source,
     TestReport,
     TrainedModel,
@@ -31,11 +32,28 @@ from perennial.values import (
 
 SHA = "0123456789abcdef" * 4
 
+FORM = {"plan.json": b"the plan", "model.onnx": b"the graph"}
 MODEL = {"model.skops": b"the model", "parts/more": b"more of it"}
 
 
 def an_artifact(name: str = "x") -> Artifact:
     return Artifact(uri=f"file:///store/{name}", sha256=SHA, bytes=1)
+
+
+def a_form(**changes: Any) -> ServingForm:
+    """A compiled model's, batched; `changes` replace its fields."""
+    fields: dict[str, Any] = {
+        "path": "compiled",
+        "reason": "every step has an exact form",
+        "batching": True,
+        "batching_reason": "each row is predicted for itself",
+        "max_abs_difference": 2e-16,
+        "rows": 28,
+        "edge_rows": 1234,
+        "tolerance": 1e-9,
+        "artifact": an_artifact("serving/"),
+    }
+    return ServingForm(**(fields | changes))
 
 
 def a_release(**changes: Any) -> Release:
@@ -91,6 +109,9 @@ def a_stored_release(store: Store, folder: Path, **changes: Any) -> Release:
     for name, data in MODEL.items():
         (folder / "model" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "model" / name).write_bytes(data)
+    (folder / "serving").mkdir(exist_ok=True)
+    for name, data in FORM.items():
+        (folder / "serving" / name).write_bytes(data)
     (folder / "schema.json").write_text(json.dumps({"features": []}))
     (folder / "golden.json").write_text(json.dumps({"rows": [], "predictions": []}))
     model = a_release().model.model_copy(
@@ -100,7 +121,9 @@ def a_stored_release(store: Store, folder: Path, **changes: Any) -> Release:
             "golden": artifacts.put_file(store, "models/toy/golden.json", folder / "golden.json"),
         }
     )
-    return a_release(**{"model": model, "package": index.publish(store, a_wheel(folder)), **changes})
+    form = a_form(artifact=artifacts.put_directory(store, "models/toy/serving", folder / "serving"))
+    package = index.publish(store, a_wheel(folder))
+    return a_release(**{"model": model, "serving": form, "package": package, **changes})
 
 
 def a_wheel(

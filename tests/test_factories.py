@@ -17,12 +17,13 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from perennial.config import read_project
+from perennial.environments import serving_requires
 from perennial.errors import ProjectError
 from perennial.project import check_project
 from tests.factories import CONFIG, DATA, MODEL, ProjectRepository, features, frame, make_project, toy
 
 AS_OF = date(2026, 3, 1)
-NEEDED_BY_SERVING = ("msgspec>=0.19", "obstore>=0.8", "pandas>=2.2", "pyarrow>=17", "uvicorn>=0.35")
+NEEDED_BY_SERVING = serving_requires()
 
 
 def _module(project: ProjectRepository, file: str) -> ModuleType:

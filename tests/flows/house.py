@@ -46,6 +46,7 @@ BUILD_STEPS = (
     "train_model",
     "evaluate_model",
     "check_gates",
+    "compile_model",
     "publish_package",
     "register_model",
     "write_release",

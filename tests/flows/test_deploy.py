@@ -74,6 +74,8 @@ def test_a_second_release_replaces_the_first_under_load_and_no_request_fails(
     assert load.rate >= 200, load.outcome
     assert run.result.active == shop.new.release_id
     assert run.result.previous == shop.old.release_id
+    form = shop.new.serving
+    assert form is not None and form.path == "original", "it is no scikit-learn estimator"
     assert house.instances(shop.name) == {shop.new.release_id: "RUNNING"}
     assert house.ask(shop.name)["release_id"] == shop.new.release_id
     assert set(run.steps.values()) == {"Completed"}

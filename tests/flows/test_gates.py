@@ -49,6 +49,7 @@ def test_a_challenger_that_is_worse_than_the_champion_is_rejected_by_the_champio
     built = house.build("contest")
     champion = built.result.release_id
     _names_what_it_is_made_of(house, project, built.result)
+    _says_how_it_is_served(house, built.result)
     assert house.aliases("contest") == {"challenger": champion}
     assert house.deploy("contest").kind == "COMPLETED"
     assert house.aliases("contest") == {"champion": champion}
@@ -101,4 +102,19 @@ def _names_what_it_is_made_of(house: House, project: ProjectRepository, release:
     assert measured is not None and run.data.metrics["roc_auc"] == measured.value
     assert run.info.status == "FINISHED"
     artifacts = {file.path for file in house.mlflow().list_artifacts(version.run_id)}
-    assert artifacts == {"model", "evaluation.html"}
+    assert artifacts == {"model", "serving", "evaluation.html"}
+
+
+def _says_how_it_is_served(house: House, release: Release) -> None:
+    """A logistic regression behind imputing, scaling and one-hot columns is served compiled."""
+    form = release.serving
+    assert form is not None
+    assert form.path == "compiled", form.reason
+    assert form.batching and form.rows and form.edge_rows
+    assert form.max_abs_difference is not None and form.max_abs_difference <= 1e-9 == form.tolerance
+    page = house.artifact(f"serving-{release.project}")
+    assert "Served compiled" in page and form.reason in page
+    (version,) = house.model_versions(release.project)
+    assert version.tags["perennial.serving.path"] == "compiled"
+    said = house.command("-m", "perennial", "lineage", release.release_id).stdout
+    assert f"compiled: {form.reason}" in said and form.parity in said

@@ -41,6 +41,8 @@ def test_two_builds_in_two_homes_give_the_same_release_bytes_and_wheel(
     ours, theirs = twin.release, second.result
     assert ours.release_id == theirs.release_id
     assert _files(house, ours) == _files(other, theirs)
+    assert ours.serving is not None and theirs.serving is not None
+    assert ours.serving.artifact.sha256 == theirs.serving.artifact.sha256
     assert ours.package is not None
     wheel = f"packages/twin/{ours.package.filename}"
     assert house.store.get(wheel) == other.store.get(wheel)

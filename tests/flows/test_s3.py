@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from perennial import installation
+from perennial import installation, predictions
 from perennial.store import open_store
 from tests.factories import make_project
 from tests.flows.house import ROW, installed
@@ -67,10 +67,13 @@ def test_a_release_is_built_served_and_logged_with_everything_in_a_bucket(
         answers = [house.ask("bucketed") for _ in range(5)]
         assert {answer["release_id"] for answer in answers} == {release.release_id}
 
-    lines = [json.loads(line) for key in store.list("predictions") for line in store.get(key).splitlines()]
-    asked = [line for line in lines if line["rows"] == [ROW]]
-    assert [line["predictions"] for line in asked] == [answer["predictions"] for answer in answers]
-    assert {line["release_id"] for line in asked} == {release.release_id}
+    today, day = datetime.now(UTC).date(), timedelta(days=1)
+    logged = predictions.read(store, "test", "bucketed", today - day, today + day).to_pylist()
+    asked = [row for row in logged if ROW.items() <= row.items()]
+    said = sorted(prediction for answer in answers for prediction in answer["predictions"])
+    assert sorted(row["prediction"] for row in asked) == said
+    assert {row["release_id"] for row in asked} == {release.release_id}
+    assert any("/serving/" in key for key in store.list("models/bucketed"))
     assert any(key.endswith("/evaluation.html") for key in store.list("mlflow"))
     assert any("/model/" in key for key in store.list("mlflow"))
     local = [path for path in (here.root / "store").rglob("*") if path.is_file()]

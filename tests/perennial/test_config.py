@@ -20,7 +20,8 @@ def test_a_minimal_project_gets_sensible_defaults(tmp_path: Path) -> None:
     project = read(tmp_path, '[tool.perennial]\ntask = "binary"\ntarget = "y"\n')
     assert (project.name, project.package) == ("toy", "toy")
     assert project.config.holdout_days == 28
-    assert project.config.service.max_rows == 1000
+    service = project.config.service
+    assert (service.max_rows, service.compiled, service.compiled_tolerance) == (1000, "auto", 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,18 @@ def test_a_minimal_project_gets_sensible_defaults(tmp_path: Path) -> None:
         (
             'task = "binary"\ntarget = "y"\n[tool.perennial.service]\nmax_row = 3\n',
             ["'service.max_row'", "'max_rows'"],
+        ),
+        (
+            'task = "binary"\ntarget = "y"\n[tool.perennial.service]\ncompiled = "always"\n',
+            ["service.compiled = 'always'", "'auto', 'never' or 'required'"],
+        ),
+        (
+            'task = "binary"\ntarget = "y"\n[tool.perennial.service]\ncompiled_tolerance = nan\n',
+            ["service.compiled_tolerance = nan"],
+        ),
+        (
+            'task = "binary"\ntarget = "y"\n[tool.perennial.service]\nworker = 2\n',
+            ["'service.worker'", "did you mean 'workers'"],
         ),
         ('task = "binary"\n', ["no 'target'"]),
         ('task = "clustering"\ntarget = "y"\n', ["task = 'clustering'", "'binary'"]),

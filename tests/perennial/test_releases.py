@@ -19,7 +19,7 @@ from perennial.journal import Journal, open_journal
 from perennial.store import Store
 from perennial.values import Gate, GateReport, Release, ServiceLimits, Verdict
 from serving import contract
-from tests.releases import MODEL, SHA, a_release, a_stored_release, a_wheel, an_artifact
+from tests.releases import FORM, MODEL, SHA, a_form, a_release, a_stored_release, a_wheel, an_artifact
 
 KEY = "releases/toy/toy-0123456789ab/release.json"
 OTHER = "f" * 64
@@ -111,6 +111,16 @@ def test_where_and_how_long_do_not_change_the_id(part: str, field: str, value: o
     names = {"code": "source"}
     base = getattr(a_release(), names.get(part, part))
     assert draft(**{part: base.model_copy(update={field: value})}).release_id == draft().release_id
+
+
+def test_an_approval_is_of_the_form_that_is_served_too() -> None:
+    plain, compiled = a_release(), a_release(serving=a_form())
+    assert plain.digest() != compiled.digest() != a_release(serving=a_form(path="original")).digest()
+
+
+def test_a_release_of_an_earlier_version_keeps_its_digest_and_so_its_approval() -> None:
+    assert a_release().digest() == "e95efa3c656a4f3a92182de55ae8acdf3dbe2721bcf1795f7cfd6ea78ba91884"
+    assert Release.model_validate_json(a_release().model_dump_json()) == a_release()
 
 
 def test_two_projects_never_share_an_id() -> None:
@@ -246,14 +256,15 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_release_folder_holds_what_a_server_reads(store: Store, release: Release, tmp_path: Path) -> None:
-    release = release.model_copy(update={"service": ServiceLimits(max_rows=7, drain_seconds=3)})
+    release = release.model_copy(update={"service": ServiceLimits(max_rows=7, drain_seconds=3, workers=2)})
     folder = releases.materialise(store, release, tmp_path / "releases")
     assert folder == tmp_path / "releases" / release.release_id
     files = contents(folder)
     assert {name.removeprefix("model/"): data for name, data in files.items() if "model/" in name} == MODEL
+    assert {name.removeprefix("serving/"): data for name, data in files.items() if "serving/" in name} == FORM
     assert files["site/toy.py"] == b"VERSION = '1.0'\n"
     assert {name.split("/")[0] for name in files} == {
-        *("manifest.json", "schema.json", "golden.json", "model", "site")
+        *("manifest.json", "schema.json", "golden.json", "model", "serving", "site")
     }
     manifest = msgspec.json.decode(files["manifest.json"], type=contract.Manifest)
     assert manifest == contract.Manifest(
@@ -265,20 +276,35 @@ def test_a_release_folder_holds_what_a_server_reads(store: Store, release: Relea
         data_fingerprint=SHA,
         as_of="2024-06-01",
         model_sha256=release.model.artifact.sha256,
-        limits=contract.Limits(max_rows=7, drain_seconds=3),
+        limits=contract.Limits(max_rows=7, drain_seconds=3, workers=2),
     )
     assert [path.name for path in (tmp_path / "releases").iterdir()] == [release.release_id]
 
 
-@pytest.mark.parametrize("part", ["artifact", "input_schema", "golden", "wheel"])
+def test_a_release_of_before_there_was_a_form_gets_a_folder_without_one(
+    store: Store, release: Release, tmp_path: Path
+) -> None:
+    old = release.model_copy(update={"serving": None})
+    assert '"serving":{"path"' not in old.model_dump_json()
+    folder = releases.materialise(store, old, tmp_path / "releases")
+    assert not (folder / contract.SERVING_DIRECTORY).exists()
+    limits = msgspec.json.decode((folder / contract.MANIFEST_FILE).read_bytes())["limits"]
+    known = {"max_rows", "max_body_bytes", "max_concurrent_requests", "drain_seconds"}
+    assert set(limits) == known, "its own server refuses a key that came later"
+
+
+@pytest.mark.parametrize("part", ["artifact", "input_schema", "golden", "form", "wheel"])
 @pytest.mark.parametrize("accident", ["altered", "lost"])
 def test_a_release_that_is_not_what_was_released_never_reaches_the_disk(
     store: Store, release: Release, tmp_path: Path, part: str, accident: str
 ) -> None:
-    assert release.package is not None
-    named = index.artifact(store, release.package) if part == "wheel" else getattr(release.model, part)
-    key = store.key(named.uri)
-    key += "/model.skops" if named.uri.endswith("/") else ""
+    assert release.package is not None and release.serving is not None
+    if part == "wheel":
+        key = store.key(index.artifact(store, release.package).uri)
+    elif part == "form":
+        key = f"{store.key(release.serving.artifact.uri)}/model.onnx"
+    else:
+        key = store.key(getattr(release.model, part).uri) + ("/model.skops" if part == "artifact" else "")
     store.put_bytes(key, bytes(store.size(key))) if accident == "altered" else store.delete(key)
     with pytest.raises(
         ReleaseError, match=r"was altered|is not in the store|is not on the package index"
@@ -331,8 +357,20 @@ def test_a_whole_folder_is_used_again_with_what_running_it_added(
     assert (folder / "site" / "__pycache__" / "toy.cpython-311.pyc").exists()
 
 
+def test_a_way_to_serve_that_the_release_does_not_have_is_removed(
+    store: Store, release: Release, tmp_path: Path
+) -> None:
+    old = release.model_copy(update={"serving": None})
+    folder = releases.materialise(store, old, tmp_path / "releases")
+    (folder / "serving").mkdir()
+    (folder / "serving" / "plan.json").write_bytes(b"{}")
+    assert releases.materialise(store, old, tmp_path / "releases") == folder
+    assert not (folder / "serving").exists()
+
+
 @pytest.mark.parametrize(
-    "name", ["model/model.skops", "schema.json", "golden.json", "manifest.json", "site/toy.py"]
+    "name",
+    ["model/model.skops", "schema.json", "golden.json", "manifest.json", "serving/plan.json", "site/toy.py"],
 )
 @pytest.mark.parametrize("accident", ["altered", "lost"])
 def test_a_damaged_folder_is_repaired(

@@ -9,6 +9,7 @@ from perennial import reports
 from perennial.evaluation import Holdout, evaluate
 from perennial.validation import DataCheck, DataReport
 from perennial.values import Evaluation, Gate, GateReport, Metric, Verdict
+from tests.releases import a_form
 
 PNG = b"\x89PNG\r\n\x1a\n"
 REFUSED = GateReport(
@@ -53,6 +54,28 @@ def test_the_data_page_shows_failures_first_and_escapes_what_it_quotes() -> None
 def test_the_tests_page_names_what_failed() -> None:
     page = reports.tests_page(3, ["tests.test_model::test_it"], 1, "E   assert 1 == 2")
     assert "1 failed" in page and "tests.test_model::test_it" in page and "assert 1 == 2" in page
+
+
+def test_the_serving_page_says_how_why_and_how_exactly() -> None:
+    page = reports.serving_page(a_form())
+    for words in ("# Served compiled", "every step has an exact form", "may be predicted together: each row"):
+        assert words in page
+    assert "2e-16 on 28 rows of the holdout and 1,234 edge rows, within a tolerance of 1e-09" in page
+
+
+def test_the_serving_page_of_an_original_says_what_prevented_the_other() -> None:
+    form = a_form(
+        path="original",
+        reason="Model.predict clips",
+        batching=False,
+        batching_reason="it looks at the mean of its rows",
+        max_abs_difference=None,
+        tolerance=None,
+    )
+    page = reports.serving_page(form)
+    for words in ("by the model as it was trained", "Model.predict clips", "may not be predicted together"):
+        assert words in page
+    assert "nothing compiled was compared" in page
 
 
 def test_the_evaluation_page_shows_intervals_the_champion_and_every_slice() -> None:

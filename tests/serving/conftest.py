@@ -10,10 +10,12 @@ import msgspec
 import pytest
 
 from tests.serving.toys import (
+    COMPILABLE,
     MANIFEST,
     MOODY,
     Service,
     Toy,
+    compiled_release,
     result_of,
     run_trainer,
     serve,
@@ -38,6 +40,12 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 
 
 @pytest.fixture(scope="session")
+def compiled(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """A release of the same data whose model is served compiled."""
+    return compiled_release(toy, tmp_path_factory.mktemp("compiled"), COMPILABLE)
+
+
+@pytest.fixture(scope="session")
 def moody(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Toy:
     """A release that takes `distance` milliseconds for fewer than ten rows, and fails at 666 and 777."""
     folder = tmp_path_factory.mktemp("moody")
@@ -55,6 +63,16 @@ def service(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
     """One server that many tests ask; none of them stops it."""
     with serve(
         toy.with_limits(tmp_path_factory.mktemp("release"), max_rows=50, max_body_bytes=20_000),
+        tmp_path_factory.mktemp("service"),
+    ) as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def compiled_service(compiled: Toy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The same, of a compiled model."""
+    with serve(
+        compiled.with_limits(tmp_path_factory.mktemp("release"), max_rows=50, max_body_bytes=20_000),
         tmp_path_factory.mktemp("service"),
     ) as service:
         yield service

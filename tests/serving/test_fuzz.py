@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+
 import httpx
 import msgspec
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.serving.toys import ROW
+from tests.serving.toys import ROW, Service
 
 PLAIN = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
@@ -42,6 +46,13 @@ QUICKLY = settings(
 )
 
 
+@pytest.fixture(params=["service", "compiled_service"])
+def client(request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
+    service: Service = request.getfixturevalue(request.param)
+    with service.client as client:
+        yield client
+
+
 def post(client: httpx.Client, path: str, body: object) -> httpx.Response:
     try:
         content = msgspec.json.encode(body)
@@ -69,3 +80,27 @@ def test_no_tensors_give_a_5xx(client: httpx.Client, inputs: object) -> None:
 def test_no_bytes_give_a_5xx(client: httpx.Client, body: bytes) -> None:
     answer = client.post("/predict", content=body, headers={"content-type": "application/json"})
     assert 400 <= answer.status_code < 500
+
+
+@QUICKLY
+@given(row=st.fixed_dictionaries({name: st.just(value) for name, value in ROW.items()}), data=st.data())
+def test_a_column_given_twice_is_refused_wherever_it_stands(
+    client: httpx.Client, row: dict[str, object], data: st.DataObject
+) -> None:
+    pairs = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in row.items()]
+    twice = data.draw(st.sampled_from(sorted(row)))
+    other = data.draw(st.sampled_from(["null", "1", "true", json.dumps(ROW[twice]), '"\\u0041"']))
+    name = data.draw(st.sampled_from([json.dumps(twice), f'"\\u{ord(twice[0]):04x}{twice[1:]}"']))
+    pairs.insert(data.draw(st.integers(0, len(pairs))), f"{name}: {other}")
+    body = data.draw(st.sampled_from(["{%s}", "[{%s}]", '{"rows": [{%s}]}'])) % ", ".join(pairs)
+    answer = client.post("/predict", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 422, answer.text
+
+
+@pytest.mark.parametrize("body", [b'{"rows": [], "rows": [%b]}', b'{"rows": [%b], "rows": [%b]}'])
+def test_rows_given_twice_are_refused(client: httpx.Client, body: bytes) -> None:
+    row = json.dumps(ROW).encode()
+    content = body.replace(b"%b", row)
+    answer = client.post("/predict", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 422
+    assert "'rows' is given twice" in answer.json()["error"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -11,15 +10,24 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
+import pyarrow as pa
 
-from serving.contract import Limits, Manifest, Request, Result, SnapshotRequest, TrainRequest
+from serving.contract import (
+    CompileRequest,
+    Limits,
+    Manifest,
+    Request,
+    Result,
+    SnapshotRequest,
+    TrainRequest,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RELEASE_ID = "toy-0123456789ab"
@@ -72,6 +80,24 @@ class Model:
     def _filled(self, rows):
         return rows.assign(delay=rows.delay.fillna(0.0), hour=rows.hour.fillna(12.0))
 """
+# The same, with nothing around its estimator: what can be compiled.
+COMPILABLE = (
+    PACKAGE[: PACKAGE.index("class Model")]
+    + """
+class Model:
+    def produce_model(self, data):
+        encode = make_column_transformer(
+            (OneHotEncoder(handle_unknown="ignore"), ["carrier", "weekend"]),
+            (make_pipeline(SimpleImputer(), StandardScaler()), ["distance", "delay", "hour"]),
+            remainder="drop",
+        )
+        self.pipeline = make_pipeline(encode, LogisticRegression(C=0.5))
+        self.pipeline.fit(data, data["late"])
+
+    def predict(self, rows):
+        return self.pipeline.predict_proba(rows)[:, 1]
+"""
+).replace("from sklearn.linear_model", "from sklearn.impute import SimpleImputer\nfrom sklearn.linear_model")
 FEATURES = ("distance", "delay", "carrier", "weekend", "hour", "planned")
 ROW: dict[str, Any] = {
     "distance": 1200,
@@ -126,6 +152,25 @@ def snapshot_request(source: Path, folder: Path) -> SnapshotRequest:
         parquet_path=str(folder / "snapshot.parquet"),
         result_path=str(folder / "snapshot.json"),
     )
+
+
+def compile_request(source: Path, toy: Path, snapshot: Path, **changes: Any) -> CompileRequest:
+    """Of what a train_request with `output=toy` wrote."""
+    request = CompileRequest(
+        source=str(source),
+        package="toy",
+        trained=str(toy),
+        parquet_path=str(snapshot),
+        time_column="time",
+        holdout_start="2013-01-18T00:00:00",
+        holdout_rows=None,
+        compile=True,
+        tolerance=1e-9,
+        seed=3,
+        output=str(toy / "serving"),
+        result_path=str(toy / "compile.json"),
+    )
+    return msgspec.structs.replace(request, **changes)
 
 
 def train_request(source: Path, snapshot: Path, folder: Path, **changes: Any) -> TrainRequest:
@@ -191,8 +236,9 @@ class Toy:
 
     def with_limits(self, folder: Path, **limits: Any) -> Path:
         """The same release with other limits."""
-        for part in ("schema.json", "golden.json", "model"):
-            (folder / part).symlink_to(self.release / part)
+        for part in ("schema.json", "golden.json", "model", "serving"):
+            if (self.release / part).exists():
+                (folder / part).symlink_to(self.release / part)
         (folder / "site").symlink_to(self.source)
         manifest = msgspec.structs.replace(MANIFEST, limits=Limits(**limits))
         (folder / "manifest.json").write_bytes(msgspec.json.encode(manifest))
@@ -226,9 +272,13 @@ class Service:
         return httpx.Client(base_url=self.url, timeout=20)
 
     def records(self) -> list[dict[str, Any]]:
-        """Every record that the store holds."""
-        files = sorted(self.store.glob("predictions/*/*/*/*.jsonl"))
-        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        """Every row that the store holds, as a dict of its columns, by request and row."""
+        rows: list[dict[str, Any]] = []
+        for file in sorted(self.store.glob("predictions/*/*/*/*.arrows")):
+            with pa.ipc.open_stream(file) as stream:
+                metadata = {k.decode(): v.decode() for k, v in stream.schema.metadata.items()}
+                rows += [metadata | row for batch in stream for row in batch.to_pylist()]
+        return sorted(rows, key=lambda row: (row["request_id"], row["row"]))
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
         self.process.send_signal(how)
@@ -283,3 +333,26 @@ def until_ready(service: Service) -> None:
         while client.get("/health/ready").status_code != 200:
             assert time.monotonic() < deadline and service.process.poll() is None, service.lines
             time.sleep(0.02)
+
+
+def eventually(holds: Callable[[], object], seconds: float = 20.0) -> bool:
+    """Whether something becomes true in time."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def compiled_release(toy: Toy, folder: Path, code: str) -> Toy:
+    """A release of the toy's data by another model, which went through the compiler."""
+    source = write_package(folder / "site", code)
+    train = train_request(source, toy.snapshot, folder, output=str(folder))
+    done = run_trainer(train, folder)
+    assert done.returncode == 0, done.stderr
+    request = compile_request(source, folder, toy.snapshot)
+    done = run_trainer(request, folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "manifest.json").write_bytes(msgspec.json.encode(MANIFEST))
+    return Toy(source, toy.snapshot, folder, folder, result_of(request.result_path), done.stdout)

@@ -1,0 +1,1 @@
+"""Other servers of the same model, and how they are made, started and stopped."""
