@@ -1,6 +1,6 @@
 """`python -m benchmarks.image`: the image of the compiled flights model, on the local base.
 
-Needs a Docker engine (DOCKER_HOST or the local socket) and, the first time, what infra/docker/base.sh says.
+Needs a Docker engine (DOCKER_HOST or the local socket) and, once, what infra/docker/base-image.sh says.
 Size, a build after a model change, and the time from starting a container to its first prediction; medians.
 docs/images.md says what is in the image. Figures: benchmarks/out/image.json.
 """
@@ -22,6 +22,7 @@ import msgspec
 from benchmarks.measure import median, write_figures
 from benchmarks.peers import flights as model
 from perennial import environments, images
+from perennial.engine import open_engine
 from perennial.errors import PerennialError
 from perennial.images import Image
 from perennial.installation import REPOSITORY
@@ -47,7 +48,7 @@ def main() -> None:
         sys.exit(f"the flights model is served by the original: {flights.plan.reason}")
     wheel = environments.serving_wheel(OUT / "environments")
     try:
-        with images.open_engine() as engine, tempfile.TemporaryDirectory(prefix="perennial-bench-") as folder:
+        with open_engine() as engine, tempfile.TemporaryDirectory(prefix="perennial-bench-") as folder:
             _measure(engine, flights, wheel, Path(folder))
     except PerennialError as error:
         sys.exit(str(error))

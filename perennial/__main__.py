@@ -9,7 +9,9 @@ from pathlib import Path
 from perennial import installation, lineage, locking, releases
 from perennial.errors import PerennialError
 from perennial.journal import open_journal
-from perennial.settings import settings
+from perennial.settings import Settings, settings
+from perennial.store import open_store
+from perennial.targets import open_target
 from perennial.values import ENVIRONMENTS
 
 
@@ -36,6 +38,10 @@ def _run(chosen: argparse.Namespace) -> None:
             print(lineage.overview(open_journal(here.database), here))
         case "lineage":
             print(lineage.of(open_journal(here.database), chosen.release))
+        case "rollback":
+            print(_roll_back(here, chosen))
+        case "reap":
+            print(_reap(here, dry_run=not chosen.yes))
         case "approve":
             journal = open_journal(here.database)
             release = releases.find(journal, chosen.release.rpartition("-")[0], chosen.release)
@@ -51,6 +57,47 @@ def _run(chosen: argparse.Namespace) -> None:
             print(f"wrote {locking.lock(chosen.project)}")
 
 
+def _roll_back(here: Settings, chosen: argparse.Namespace) -> str:
+    from perennial import rollback  # late: what analyses rollouts imports scipy
+
+    journal = open_journal(here.database)
+    environment = chosen.environment or rollback.default_environment(journal, chosen.project)
+    before = journal.active(chosen.project, environment)
+    done = rollback.roll_back(
+        here,
+        journal,
+        open_target(here),
+        open_store(here.store, endpoint_url=here.s3_endpoint_url),
+        chosen.project,
+        environment,
+        chosen.to,
+        chosen.reason,
+        rollback.service_variables(here),
+    )
+    instead = f" instead of {before}" if before != done.active else " still"
+    return f"{done.active} serves {done.project} in {environment}{instead}: {done.url}"
+
+
+def _reap(here: Settings, *, dry_run: bool) -> str:
+    from perennial import reaper
+
+    found = reaper.reap(here, open_journal(here.database), open_target(here), dry_run=dry_run)
+    if not found:
+        return "nothing is there that nothing needs"
+    size = sum(one.bytes for one in found) / 2**20
+    end = f"{len(found)} things, {size:,.0f} MiB"
+    lines = _columns(reaper.table(found))
+    return "\n".join(
+        [*lines, f"{end}\nNext: python -m perennial reap --yes" if dry_run else f"removed {end}"]
+    )
+
+
+def _columns(rows: list[dict[str, str]]) -> list[str]:
+    cells = [tuple(rows[0]), *(tuple(row.values()) for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m perennial", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -59,6 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("status", help=f"parts, services, and what is active in {' and '.join(ENVIRONMENTS)}")
     command = commands.add_parser("lineage", help="which code, data and environment a release is made of")
     command.add_argument("release")
+    command = commands.add_parser("rollback", help="bring a release back that served before, at once")
+    command.add_argument("project")
+    command.add_argument("--environment", choices=ENVIRONMENTS, help="without: where users are")
+    command.add_argument("--to", metavar="RELEASE", help="without: the one before the one that serves")
+    command.add_argument("--reason", default="", help="for the journal")
+    command = commands.add_parser("reap", help="list what nothing needs any more; with --yes, remove it")
+    command.add_argument("--yes", action="store_true")
     command = commands.add_parser("approve", help="let a release into production, in a person's name")
     command.add_argument("release")
     command.add_argument("--reviewer", required=True)

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from perennial.errors import ProjectError
-from perennial.values import ProjectName, ServiceLimits
+from perennial.values import ProjectName, Rollouts, ServiceLimits
 
 Task = Literal["binary", "regression"]
 METRICS: dict[Task, tuple[str, ...]] = {
@@ -91,6 +91,7 @@ class ProjectConfig(_Section):
     compare_with_champion: bool = True
     schedule: Schedule = Schedule()
     service: ServiceLimits = ServiceLimits()
+    rollout: Rollouts = Rollouts()
     limits: Limits = Limits()
 
     def as_of(self, today: date) -> date:

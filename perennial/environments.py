@@ -55,8 +55,8 @@ def make(
     A half-made one (no completion mark) is made again from nothing. Raises ProjectError when the lock
     cannot be installed as it is, InstallationError when another Python is wanted.
     """
-    folder = environments / environment.fingerprint[:16]
-    interpreter = folder / "bin" / "python"
+    interpreter = python_of(environment, environments)
+    folder = interpreter.parents[1]
     if (folder / _COMPLETE).is_file():
         return interpreter
     if environment.python != PYTHON:
@@ -84,6 +84,11 @@ def make(
             ) from error
         (folder / _COMPLETE).touch()
     return interpreter
+
+
+def python_of(environment: ModelEnvironment, environments: Path) -> Path:
+    """Where `make` puts the environment's Python."""
+    return environments / environment.fingerprint[:16] / "bin" / "python"
 
 
 def serving_wheel(environments: Path) -> Path:

@@ -13,15 +13,16 @@ from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
-from perennial import leftovers, ports, rollout, router, supervision
+from perennial import leftovers, ports, router, supervision
 from perennial.errors import InstallationError
 from perennial.journal import open_journal
 from perennial.orphans import crash_orphans
 from perennial.probe import probe
 from perennial.process import scrubbed_environment, start_daemon
+from perennial.reconcile import reconcile
 from perennial.settings import Settings, object_store_environment
 from perennial.supervision import Process, Supervisor
-from perennial.targets import ProcessTarget, Running
+from perennial.targets import Running, open_target
 
 # Raised when what HOME holds is laid out in another way than the version before could read.
 LAYOUT_VERSION = 1
@@ -88,7 +89,7 @@ def up(
             _check_ports(settings, [part for part in chosen if running[part.name].is_down])
         _start(settings, supervisor, chosen, started, timeout_seconds, say)
     if "envoy" in parts:  # what a deploy that was cut off left behind is brought to what the journal says
-        rollout.reconcile(settings, open_journal(settings.database), ProcessTarget(settings))
+        reconcile(settings, open_journal(settings.database), open_target(settings))
 
 
 def down(settings: Settings, *, say: Say = print) -> None:
@@ -140,7 +141,7 @@ def statuses(settings: Settings) -> tuple[Status, ...]:
     found = [
         _status(processes[name], part.url) for name, part in _parts(settings).items() if name in processes
     ]
-    return (*found, *(_service_status(settings, s) for s in ProcessTarget(settings).instances()))
+    return (*found, *(_service_status(settings, s) for s in open_target(settings).instances()))
 
 
 def require_running(settings: Settings) -> None:

@@ -1,8 +1,10 @@
 """The release journal: which projects are enabled, which releases exist, what was decided. The truth.
 
 Releases and decisions are only ever added; the database itself refuses to change or delete them. Several
-processes may write at once, on SQLite (one machine) and on Postgres. What a method
-returned from is on disk.
+processes may write at once, on SQLite (one machine) and on Postgres. What a method returned from is on disk.
+
+A rollout holds its service's lease. A decision made under a lease that was lost is refused in the very
+transaction that would write it, so a holder that slept too long can do no harm when it wakes.
 """
 
 from __future__ import annotations
@@ -10,27 +12,42 @@ from __future__ import annotations
 import re
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.pool import NullPool
 
-from perennial.errors import InstallationError, ProjectError, ReleaseError
+from perennial.errors import InstallationError, ProjectError, ReleaseError, RolloutError
 from perennial.values import Environment, JsonObject, Release, Value
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_SECONDS = 30  # how long a SQLite writer waits for the others
 CONNECT_SECONDS = 5
+RETRY_SECONDS = 0.5
+_REFUSED = re.compile("authentication failed|does not exist|permission denied")  # waiting would not help
 
-Kind = Literal["candidate", "promoted", "withdrawn", "approved", "declined", "retrain"]
+W = TypeVar("W")
+
+Kind = Literal[
+    "requested",  # a person's approval: payload digest, expires_at
+    "approved",
+    "declined",
+    "candidate",  # a rollout begins
+    "step",  # the candidate's share from now on: payload percent, shadow
+    "asked",  # not enough evidence: no share, and a person decides
+    "promoted",
+    "withdrawn",
+    "retrain",
+]
 
 METADATA = sa.MetaData()
 
@@ -69,6 +86,16 @@ DECISIONS = sa.Table(
     sa.Column("payload", sa.JSON, nullable=False),
     sa.Index("decisions_of_project", "project", "environment", "position"),
     sqlite_autoincrement=True,
+)
+
+LEASES = sa.Table(
+    "leases",
+    METADATA,
+    sa.Column("project", sa.String(40), primary_key=True),
+    sa.Column("environment", sa.String(10), primary_key=True),
+    sa.Column("token", sa.String(32), nullable=False),
+    sa.Column("holder", sa.JSON, nullable=False),
+    sa.Column("expires_at", sa.Float, nullable=False),  # seconds since the epoch
 )
 
 SQLITE_APPEND_ONLY = """
@@ -112,14 +139,45 @@ class Decision(Value):
     payload: JsonObject
 
 
-class Journal:
-    """The journal in one database. Cheap to open; threads may share it, a forked child may not."""
+class Holder(Value):
+    """Who holds a lease: a process, found again by its number and the moment it started."""
 
-    def __init__(self, engine: sa.Engine) -> None:
+    host: str
+    pid: int
+    started: int  # clock ticks since the machine's start
+    what: str  # for the person who has to wait
+
+    def __str__(self) -> str:
+        return f"{self.what} (process {self.pid} on {self.host})"
+
+
+class Lease(Value):
+    """The right to change one service in one environment, until it expires or is given back."""
+
+    project: str
+    environment: Environment
+    token: str
+
+
+class LeaseHeld(Exception):
+    """Somebody else has the lease."""
+
+    def __init__(self, holder: Holder) -> None:
+        super().__init__(str(holder))
+        self.holder = holder
+
+
+class Journal:
+    """The journal in one database. Cheap to open; threads may share it, a forked child may not.
+
+    `patience_seconds`: for how long a database that is away is waited for, at each call.
+    """
+
+    def __init__(self, engine: sa.Engine, patience_seconds: float = 0.0) -> None:
         self._engine = engine
+        self._patience = patience_seconds
         self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
-        with self._writing() as connection:
-            _create_or_check(connection, _shown(engine.url))
+        self._write(lambda connection: _create_or_check(connection, _shown(engine.url)))
 
     def close(self) -> None:
         self._engine.dispose()
@@ -143,8 +201,8 @@ class Journal:
         row = {"name": name, "repository": repository, "subdirectory": subdirectory, "branch": branch}
         places = {column: value for column, value in row.items() if column != "name"}
         statement = self._insert(PROJECTS).values(**row, enabled_at=_now())
-        with self._writing() as connection:
-            connection.execute(statement.on_conflict_do_update(index_elements=["name"], set_=places))
+        upsert = statement.on_conflict_do_update(index_elements=["name"], set_=places)
+        self._write(lambda connection: connection.execute(upsert))
         return self.project(name)
 
     def project(self, name: str) -> EnabledProject:
@@ -178,8 +236,7 @@ class Journal:
             created_at=_text(release.created_at),
             document=release.model_dump_json(),
         )
-        with self._writing() as connection:
-            connection.execute(statement.on_conflict_do_nothing())
+        self._write(lambda connection: connection.execute(statement.on_conflict_do_nothing()))
         stored = self.release(release.release_id)
         assert stored is not None
         if stored.status != release.status:
@@ -212,8 +269,12 @@ class Journal:
         environment: Environment | None = None,
         release_id: str | None = None,
         payload: JsonObject | None = None,
+        lease: Lease | None = None,
     ) -> int:
-        """Add a decision, before it is acted on. Returns its position."""
+        """Add a decision, before it is acted on. Returns its position.
+
+        Raises RolloutError when the decision was to be made under a lease that somebody else has taken.
+        """
         row = {
             "at": _now(),
             "project": project,
@@ -222,13 +283,77 @@ class Journal:
             "release_id": release_id,
             "payload": payload or {},
         }
-        with self._writing() as connection:
+
+        def write(connection: sa.Connection) -> int:
             if connection.dialect.name == "postgresql":
                 # Sequences run ahead of commits: without the lock position 8 can be read before 7 exists.
                 connection.exec_driver_sql("LOCK TABLE decisions IN SHARE ROW EXCLUSIVE MODE")
+            if lease is not None:
+                _check_lease(connection, lease)
             position = connection.execute(sa.insert(DECISIONS).values(row)).inserted_primary_key
-        assert position is not None
-        return int(position[0])
+            assert position is not None
+            return int(position[0])
+
+        return self._write(write)
+
+    def acquire(self, project: str, environment: Environment, holder: Holder, seconds: float) -> Lease:
+        """Take a service's lease for `seconds`; one that expired, or whose process is dead, is free.
+
+        Raises LeaseHeld.
+        """
+        lease = Lease(project=project, environment=environment, token=uuid4().hex)
+
+        def write(connection: sa.Connection) -> None:
+            found = connection.execute(_leased(lease).with_for_update()).mappings().first()
+            if found is not None:
+                other = Holder.model_validate(found["holder"])
+                if found["expires_at"] > time.time() and not _is_dead(other, holder.host):
+                    raise LeaseHeld(other)
+            row = {
+                **lease.model_dump(),
+                "holder": holder.model_dump(),
+                "expires_at": time.time() + seconds,
+            }
+            upsert = self._insert(LEASES).values(row)
+            changed = {name: row[name] for name in ("token", "holder", "expires_at")}
+            if found is None:  # two at once: the second inserts nothing, and is told so below
+                connection.execute(upsert.on_conflict_do_nothing())
+            else:
+                keys = ["project", "environment"]
+                connection.execute(upsert.on_conflict_do_update(index_elements=keys, set_=changed))
+            now = connection.execute(_leased(lease)).mappings().one()
+            if now["token"] != lease.token:
+                raise LeaseHeld(Holder.model_validate(now["holder"]))
+
+        self._write(write)
+        return lease
+
+    def renew(self, lease: Lease, seconds: float) -> None:
+        """Keep a lease for `seconds` more. Raises RolloutError when somebody else has taken it."""
+
+        def write(connection: sa.Connection) -> None:
+            _check_lease(connection, lease)
+            connection.execute(
+                sa.update(LEASES)
+                .where(LEASES.c.token == lease.token)
+                .values(expires_at=time.time() + seconds)
+            )
+
+        self._write(write)
+
+    def give_back(self, lease: Lease) -> None:
+        """End a lease; one that was lost is no error."""
+        statement = sa.delete(LEASES).where(LEASES.c.token == lease.token)
+        self._write(lambda connection: connection.execute(statement))
+
+    def holder(self, project: str, environment: Environment, host: str) -> Holder | None:
+        """Who changes the service right now, as far as `host` can tell."""
+        lease = Lease(project=project, environment=environment, token="")
+        for row in self._read(_leased(lease)):
+            found = Holder.model_validate(row["holder"])
+            if row["expires_at"] > time.time() and not _is_dead(found, host):
+                return found
+        return None
 
     def decisions(
         self,
@@ -270,14 +395,26 @@ class Journal:
         return self._review("declined", release, environment, reviewer, payload)
 
     def approval(self, release: Release, environment: Environment) -> Decision | None:
-        """The approval of this release, digest for digest, unless it was declined since."""
+        """The approval of this release, digest for digest, unless it expired or was declined since.
+
+        An approval that was used once stays: a way back must not wait for anybody.
+        """
         digest = release.digest()
-        reviews = [
-            decision
-            for decision in self.decisions(release.project, environment, ("approved", "declined"))
-            if decision.payload.get("digest") == digest
+        kinds: tuple[Kind, ...] = ("approved", "declined", "promoted")
+        ours = [
+            d
+            for d in self.decisions(release.project, environment, kinds)
+            if d.release_id == release.release_id
         ]
-        return reviews[-1] if reviews and reviews[-1].kind == "approved" else None
+        reviews = [d for d in ours if d.payload.get("digest") == digest]
+        if not reviews or reviews[-1].kind != "approved":
+            return None
+        last = reviews[-1]
+        expires_at = last.payload.get("expires_at")
+        used = any(d.kind == "promoted" and d.position > last.position for d in ours)
+        if used or expires_at is None or datetime.fromisoformat(expires_at) > datetime.now(UTC):
+            return last
+        return None
 
     def _review(
         self,
@@ -301,20 +438,38 @@ class Journal:
         return [decision.release_id for decision in decisions if decision.release_id]
 
     def _read(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
-        with _explained(self._engine.url), self._engine.connect() as connection:
-            return [dict(row) for row in connection.execute(query).mappings()]
+        def read() -> list[dict[str, Any]]:
+            with _explained(self._engine.url), self._engine.connect() as connection:
+                return [dict(row) for row in connection.execute(query).mappings()]
 
-    @contextmanager
-    def _writing(self) -> Iterator[sa.Connection]:
+        return self._patiently(read)
+
+    def _write(self, act: Callable[[sa.Connection], W]) -> W:
+        """One transaction. Done again when the database was away: `act` is only this transaction's work."""
         engine = self._engine.execution_options(writing=True)
-        with _explained(self._engine.url), engine.begin() as connection:
-            yield connection
+
+        def write() -> W:
+            with _explained(self._engine.url), engine.begin() as connection:
+                return act(connection)
+
+        return self._patiently(write)
+
+    def _patiently(self, act: Callable[[], W]) -> W:
+        deadline = time.monotonic() + self._patience
+        while True:
+            try:
+                return act()
+            except InstallationError as error:
+                if not error.transient or time.monotonic() > deadline:
+                    raise
+                time.sleep(RETRY_SECONDS)
 
 
-def open_journal(database_url: str) -> Journal:
+def open_journal(database_url: str, patience_seconds: float = 0.0) -> Journal:
     """The journal at a SQLAlchemy URL, its tables made if they are missing.
 
-    Raises InstallationError when the database is away, or of another version of Perennial.
+    Raises InstallationError when the database is away for longer than `patience_seconds`, or of another
+    version of Perennial.
     """
     try:
         url = sa.make_url(database_url)
@@ -322,10 +477,10 @@ def open_journal(database_url: str) -> Journal:
         raise _unreadable(database_url) from None
     match url.drivername:
         case "sqlite" | "sqlite+pysqlite" if url.database and url.database != ":memory:":
-            return Journal(_sqlite(url))
+            return Journal(_sqlite(url), patience_seconds)
         # An @ in the host is the rest of a password that was not escaped.
         case "postgresql" | "postgres" | "postgresql+psycopg" if "@" not in (url.host or ""):
-            return Journal(_postgres(url.set(drivername="postgresql+psycopg")))
+            return Journal(_postgres(url.set(drivername="postgresql+psycopg")), patience_seconds)
     raise _unreadable(database_url)
 
 
@@ -368,7 +523,7 @@ def _sqlite(url: sa.URL) -> sa.Engine:
 
 
 def _use_wal(connection: sqlite3.Connection) -> None:
-    """SQLite does not wait for others here, as it does elsewhere: not for one that makes the log or ends it."""
+    """SQLite does not wait for others here, as it does elsewhere: not for one who makes or ends the log."""
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
         try:
@@ -396,6 +551,9 @@ def _create_or_check(connection: sa.Connection, shown: str) -> None:
         for table in (RELEASES, DECISIONS):
             _make_append_only(connection, table)
         connection.execute(sa.insert(SCHEMA).values(version=SCHEMA_VERSION))
+    elif version == 1:  # it had no leases; nothing else has changed
+        LEASES.create(connection)
+        connection.execute(sa.update(SCHEMA).values(version=SCHEMA_VERSION))
     elif version != SCHEMA_VERSION:
         newer = version is not None and version > SCHEMA_VERSION
         raise InstallationError(
@@ -405,6 +563,36 @@ def _create_or_check(connection: sa.Connection, shown: str) -> None:
             if newer
             else "mv .perennial .perennial.old && make demo (or another PERENNIAL_DATABASE_URL)",
         )
+
+
+def _leased(lease: Lease) -> sa.Select[Any]:
+    query = sa.select(LEASES).where(LEASES.c.project == lease.project)
+    return query.where(LEASES.c.environment == lease.environment)
+
+
+def _check_lease(connection: sa.Connection, lease: Lease) -> None:
+    found = connection.execute(_leased(lease)).mappings().first()
+    if found is None or found["token"] != lease.token:
+        who = str(Holder.model_validate(found["holder"])) if found else "nobody any more"
+        raise RolloutError(
+            f"this rollout of {lease.project} to {lease.environment} has lost its lease to {who}",
+            "one rollout of a service at a time",
+            "see what serves: make status",
+        )
+
+
+def _is_dead(holder: Holder, host: str) -> bool:
+    """Whether the process has ended, as far as this host can tell: of others only time does."""
+    return holder.host == host and started_at(holder.pid) != holder.started
+
+
+def started_at(pid: int) -> int:
+    """When a process of this machine started, in clock ticks; 0 when there is none, or it is a zombie."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if state == "Z" else int(rest[18])
 
 
 def _make_append_only(connection: sa.Connection, table: sa.Table) -> None:
@@ -436,6 +624,7 @@ def _explained(url: sa.URL) -> Iterator[None]:
             next_command=f"pg_isready -h {url.host or 'localhost'} -p {url.port or 5432}"
             if away
             else f"ls -l {url.database}",
+            transient=away and isinstance(error, OperationalError) and not _REFUSED.search(reason),
         ) from None
 
 

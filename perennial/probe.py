@@ -8,6 +8,7 @@ import socket
 import struct
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
@@ -47,10 +48,17 @@ class Answer(NamedTuple):
         return json.loads(self.body)
 
 
-def probe(url: str, *, timeout_seconds: float = 2.0) -> Answer | None:
-    """GET `url`; None when nobody answers within the limit. An HTTP error status is an answer."""
+def probe(
+    url: str,
+    *,
+    data: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+    timeout_seconds: float = 2.0,
+) -> Answer | None:
+    """GET `url`, or POST `data` to it; None when nobody answers in time. An error status is an answer."""
+    request = urllib.request.Request(url, data=data, headers=dict(headers or {}))  # noqa: S310, our own parts
     try:
-        with _OPENER.open(url, timeout=timeout_seconds) as response:
+        with _OPENER.open(request, timeout=timeout_seconds) as response:
             return _answer(response.status, response.read(), response.headers.items())
     except urllib.error.HTTPError as error:
         with error:

@@ -78,6 +78,7 @@ def draft_release(
         task=contract.config.task,
         timezone=contract.config.schedule.timezone,
         service=contract.config.service,
+        rollout=contract.config.rollout,
         status="accepted" if gates.passed else "rejected",
         source=code,
         dataset=dataset,

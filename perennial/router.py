@@ -28,7 +28,7 @@ from perennial.settings import Settings
 from perennial.values import Endpoint, JsonObject
 
 Routes = Mapping[str, Mapping[str, Sequence[Endpoint]]]
-"""Environment → service → the endpoints that share its traffic by weight."""
+"""Environment → service → its endpoints: those that share the traffic by weight, standbys, a shadow."""
 
 LISTENERS_FILE = "listeners.json"
 CLUSTERS_FILE = "clusters.json"
@@ -77,10 +77,10 @@ def render(routes: Routes, settings: Settings, *, request_timeout_seconds: float
         routes_file = f"routes-{environment}.json"
         files[routes_file] = _response([_route_table(environment, services, request_timeout_seconds)])
         for service, endpoints in services.items():
-            name = cluster_name(environment, service)
-            endpoints_file = f"endpoints-{name}.json"
-            files[endpoints_file] = _response([_assignment(name, endpoints)])
-            clusters.append(_cluster(name, directory / endpoints_file))
+            for name, members in _clusters_of(environment, service, endpoints).items():
+                endpoints_file = f"endpoints-{name}.json"
+                files[endpoints_file] = _response([_assignment(name, members)])
+                clusters.append(_cluster(name, directory / endpoints_file))
     files[CLUSTERS_FILE] = _response(clusters)
     files[LISTENERS_FILE] = _response(
         [
@@ -135,6 +135,24 @@ def wait_applied(
 
 def cluster_name(environment: str, service: str) -> str:
     return f"{environment}-{service}"
+
+
+def _shadow_name(environment: str, service: str) -> str:
+    return f"{cluster_name(environment, service)}.shadow"  # no project's name has a dot
+
+
+def _clusters_of(environment: str, service: str, endpoints: Sequence[Endpoint]) -> dict[str, list[Endpoint]]:
+    """Cluster → its endpoints: those that answer users, and those that only get a copy."""
+    answering = [endpoint for endpoint in endpoints if not endpoint.shadow_percent]
+    shadows = [endpoint for endpoint in endpoints if endpoint.shadow_percent]
+    clusters = {cluster_name(environment, service): answering}
+    return clusters | ({_shadow_name(environment, service): shadows} if shadows else {})
+
+
+def _priorities(endpoints: Sequence[Endpoint]) -> list[tuple[int, Endpoint]]:
+    """Envoy asks the first priority that has a healthy endpoint; the numbers must begin at 0."""
+    alone = all(endpoint.standby for endpoint in endpoints)
+    return [(int(endpoint.standby and not alone), endpoint) for endpoint in endpoints]
 
 
 def _with_endpoints(services: Mapping[str, Sequence[Endpoint]]) -> dict[str, tuple[Endpoint, ...]]:
@@ -227,8 +245,8 @@ def _route_table(
                 "routes": [
                     *(
                         route
-                        for service in services
-                        for route in _service_routes(environment, service, timeout_seconds)
+                        for service, endpoints in services.items()
+                        for route in _service_routes(environment, service, endpoints, timeout_seconds)
                     ),
                     _answer({"path": "/"}, 200, bodies[0]),
                     _answer({"prefix": "/"}, 404, bodies[1]),
@@ -238,8 +256,11 @@ def _route_table(
     }
 
 
-def _service_routes(environment: str, service: str, timeout_seconds: float) -> list[JsonObject]:
-    action = {
+def _service_routes(
+    environment: str, service: str, endpoints: Sequence[Endpoint], timeout_seconds: float
+) -> list[JsonObject]:
+    sharing = {e.release_id for e in endpoints if not e.standby and not e.shadow_percent}
+    action: JsonObject = {
         "cluster": cluster_name(environment, service),
         "cluster_not_found_response_code": "SERVICE_UNAVAILABLE",
         "prefix_rewrite": "/",
@@ -247,9 +268,11 @@ def _service_routes(environment: str, service: str, timeout_seconds: float) -> l
         # A prediction changes nothing, so any request may be asked again, of another endpoint where it can.
         "retry_policy": {
             "retry_on": "connect-failure,refused-stream,reset-before-request,reset,retriable-status-codes",
-            "retriable_status_codes": [503],
-            "num_retries": 4,
-            "retry_back_off": {"base_interval": "0.010s", "max_interval": "0.250s"},
+            # What a candidate with a share fails is asked of the active release, and no user sees it.
+            "retriable_status_codes": [500, 502, 503, 504] if len(sharing) > 1 else [503],
+            # Some five seconds: what a killed process that has nobody beside it needs to be back.
+            "num_retries": 25,
+            "retry_back_off": {"base_interval": "0.010s", "max_interval": "0.500s"},
             "retry_host_predicate": [
                 {
                     "name": "envoy.retry_host_predicates.previous_hosts",
@@ -259,8 +282,21 @@ def _service_routes(environment: str, service: str, timeout_seconds: float) -> l
                 }
             ],
             "host_selection_retry_max_attempts": 5,
+            "retry_priority": {
+                "name": "envoy.retry_priorities.previous_priorities",
+                "typed_config": {
+                    "@type": f"{_EXTENSION}.retry.priority.previous_priorities.v3.PreviousPrioritiesConfig",
+                    "update_frequency": 2,
+                },
+            },
         },
     }
+    shadows = [endpoint for endpoint in endpoints if endpoint.shadow_percent]
+    if shadows:
+        share = {"numerator": shadows[0].shadow_percent, "denominator": "HUNDRED"}
+        action["request_mirror_policies"] = [
+            {"cluster": _shadow_name(environment, service), "runtime_fraction": {"default_value": share}}
+        ]
     headers = [
         {
             "header": {"key": "x-forwarded-prefix", "value": f"/{service}"},
@@ -330,7 +366,7 @@ def _cluster(name: str, endpoints_file: Path) -> JsonObject:
                     "max_connections": 4096,
                     "max_pending_requests": 4096,
                     "max_requests": 4096,
-                    "max_retries": 1000,
+                    "max_retries": 4096,
                 }
             ]
         },
@@ -339,20 +375,21 @@ def _cluster(name: str, endpoints_file: Path) -> JsonObject:
 
 
 def _assignment(name: str, endpoints: Sequence[Endpoint]) -> JsonObject:
+    by_priority: dict[int, list[JsonObject]] = {}
+    for priority, endpoint in _priorities(endpoints):
+        by_priority.setdefault(priority, []).append(
+            {
+                "endpoint": {"address": _address(endpoint.host, endpoint.port)},
+                "load_balancing_weight": endpoint.weight,
+                "metadata": {"filter_metadata": {"perennial": {"release": endpoint.release_id}}},
+            }
+        )
     return {
         "@type": f"{_API}.endpoint.v3.ClusterLoadAssignment",
         "cluster_name": name,
         "endpoints": [
-            {
-                "lb_endpoints": [
-                    {
-                        "endpoint": {"address": _address(endpoint.host, endpoint.port)},
-                        "load_balancing_weight": endpoint.weight,
-                        "metadata": {"filter_metadata": {"perennial": {"release": endpoint.release_id}}},
-                    }
-                    for endpoint in endpoints
-                ]
-            }
+            {"priority": priority, "lb_endpoints": members}
+            for priority, members in sorted(by_priority.items())
         ],
     }
 
@@ -392,20 +429,21 @@ def _not_applied(
         for cluster in answer.json().get("cluster_statuses", [])
     }
     wanted = {
-        cluster_name(environment, service): {(e.host, e.port, e.weight) for e in endpoints}
+        name: {(e.host, e.port, e.weight, priority) for priority, e in _priorities(members)}
         for environment, services in routes.items()
         for service, endpoints in services.items()
         if endpoints
+        for name, members in _clusters_of(environment, service, endpoints).items()
     }
     for name, endpoints in wanted.items():
         hosts = known.get(name, {})
-        for host, port, weight in sorted(endpoints):
-            if (host, port, weight) not in hosts:
-                return f"{name} lacks {host}:{port} with weight {weight}"
-            trouble = hosts[host, port, weight]
+        for host, port, weight, priority in sorted(endpoints):
+            if (host, port, weight, priority) not in hosts:
+                return f"{name} lacks {host}:{port} with weight {weight} and priority {priority}"
+            trouble = hosts[host, port, weight, priority]
             if trouble and (needed is None or (host, port) in needed):
                 return f"{host}:{port} of {name} is not healthy ({trouble})"
-        for host, port, _ in sorted(hosts.keys() - endpoints):
+        for host, port, _, _ in sorted(hosts.keys() - endpoints):
             return f"{name} still has {host}:{port}"
     for name in sorted(known.keys() - wanted.keys()):
         return f"the service {name} is still there"
@@ -431,9 +469,9 @@ def router_directory(settings: Settings) -> Path:
     return settings.root / "router"
 
 
-def _host(status: JsonObject) -> tuple[str, int, int]:
+def _host(status: JsonObject) -> tuple[str, int, int, int]:
     address = status["address"]["socket_address"]
-    return address["address"], address["port_value"], status.get("weight", 1)
+    return address["address"], address["port_value"], status.get("weight", 1), status.get("priority", 0)
 
 
 def _health(status: JsonObject) -> str:

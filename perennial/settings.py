@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -24,6 +25,19 @@ class Settings(BaseSettings):
     database_url: str = Field(default="", description="SQLAlchemy URL of the journal; empty: SQLite in HOME")
     prefect_database_url: str = Field(default="", description="empty: SQLite in HOME")
     mlflow_database_url: str = Field(default="", description="empty: SQLite in HOME")
+
+    target: Literal["process", "docker"] = Field(default="process", description="where services run")
+    docker_url: str = Field(default="", description="of the engine; empty: DOCKER_HOST or its default")
+    registry: str = Field(
+        default="",
+        pattern=r"^([a-z0-9.-]+(:[0-9]+)?(/[a-z0-9._-]+)*)?$",
+        description="of images, HOST[:PORT][/PREFIX]; empty: they stay in the engine",
+    )
+    base_image: str = Field(
+        default="",
+        pattern=r"^([^@\s]+@)?sha256:[0-9a-f]{64}$|^$",
+        description="with Python in it, by digest; empty: the one that infra/docker/base-image.sh makes",
+    )
 
     prefect_port: int = 4200
     mlflow_port: int = 5000

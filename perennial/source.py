@@ -13,6 +13,7 @@ from perennial.errors import ChildFailed, ProjectError
 from perennial.values import Source
 
 _TIMEOUT_SECONDS = 300.0
+_HISTORY_SECONDS = 30.0
 # What git says of a network, as opposed to a repository or a password that is wrong.
 _NETWORK_TROUBLE = re.compile(
     r"resolve host|failed to connect|couldn't connect|connection (refused|reset|closed|timed out)|timed out"
@@ -76,6 +77,26 @@ def check_out(source: Source, checkouts: Path) -> Path:
     return project
 
 
+def subjects(old: Source, new: Source) -> list[str]:
+    """The first lines of the commits that `new` has and `old` has not, newest first.
+
+    Raises ProjectError when the repository cannot be reached, or has one of them no more.
+    """
+    with tempfile.TemporaryDirectory(prefix="perennial-history-") as folder:
+        here = Path(folder)
+        commits = (old.git_sha, new.git_sha)
+        try:
+            _git("init", "--quiet", "--bare", cwd=here)
+            # Commits only, where the server can: no files are needed.
+            fetch = ("fetch", "--quiet", "--no-tags", "--filter=tree:0", "--", new.repository)
+            _git(*fetch, *commits, cwd=here, seconds=_HISTORY_SECONDS)
+            between = f"{old.git_sha}..{new.git_sha}"
+            listed = _git("log", "--format=%h %s", between, cwd=here, seconds=_HISTORY_SECONDS)
+        except ChildFailed as error:
+            raise _unreachable(new.repository, error) from error
+    return listed.splitlines()
+
+
 def _fetch(source: Source, folder: Path) -> None:
     _git("init", "--quiet", cwd=folder)
     try:
@@ -104,18 +125,20 @@ def _unreachable(repository: str, error: ChildFailed) -> ProjectError:
     )
 
 
-def _git(*arguments: str, cwd: Path | None = None) -> str:
+def _git(*arguments: str, cwd: Path | None = None, seconds: float = _TIMEOUT_SECONDS) -> str:
     environment = process.scrubbed_environment(
         network=True,
         GIT_TERMINAL_PROMPT="0",
         GIT_CONFIG_NOSYSTEM="1",
         # A repository of another user (a server's bare one) is read, never executed in.
-        GIT_CONFIG_COUNT="2",
+        GIT_CONFIG_COUNT="3",
         GIT_CONFIG_KEY_0="safe.directory",
         GIT_CONFIG_VALUE_0="*",
         GIT_CONFIG_KEY_1="uploadpack.allowAnySHA1InWant",
         GIT_CONFIG_VALUE_1="true",
+        GIT_CONFIG_KEY_2="uploadpack.allowFilter",
+        GIT_CONFIG_VALUE_2="true",
     )
     return process.capture(
-        ["git", *arguments], cwd=cwd or Path.cwd(), environment=environment, timeout_seconds=_TIMEOUT_SECONDS
+        ["git", *arguments], cwd=cwd or Path.cwd(), environment=environment, timeout_seconds=seconds
     )

@@ -1,4 +1,7 @@
-"""Where the processes of a service run. One target so far: processes under the installation's supervisord."""
+"""Where services run: the contract of a target, and processes under the installation's supervisord.
+
+The other target is in containers.py.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +11,38 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from pydantic import Field
 
-from perennial import ports, supervision
+from perennial import environments, ports, supervision
 from perennial.errors import RolloutError
 from perennial.probe import probe
 from perennial.settings import Settings
+from perennial.store import Store
 from perennial.supervision import Supervisor
-from perennial.values import Endpoint, Environment, JsonObject, ProjectName, ReleaseId, Value
+from perennial.values import (
+    DEFAULT_CPUS,
+    DEFAULT_MEMORY_MB,
+    Endpoint,
+    Environment,
+    JsonObject,
+    ProjectName,
+    Release,
+    ReleaseId,
+    Value,
+)
 from serving.contract import RELEASE_HEADER
 
 _POLL_SECONDS = 0.05
 _START_SECONDS = 10.0  # supervisord answers, forks and reports in far less
-_KILL_MARGIN_SECONDS = 5.0
+KILL_MARGIN_SECONDS = 5.0
 
 # One row of a prediction is too small to share; without this OpenMP spins on the other requests' cores.
-_SERVICE_ENVIRONMENT = {
+SERVICE_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
     "PYTHONUNBUFFERED": "1",
@@ -44,11 +58,16 @@ class Instance(Value):
     release_id: ReleaseId
     python: Path  # of the release's own environment
     release: Path  # the release directory on disk
+    image: str = (
+        ""  # by digest, as `prepare` returned it; of a process empty, as a container needs no `python`
+    )
     prediction_log: str  # URL
     spool: Path
     drain_seconds: float = Field(default=30.0, ge=0)
     variables: dict[str, str] = Field(default_factory=dict)  # further environment variables of the process
     argv: tuple[str, ...] = ()  # instead of the serving wheel's server; `--host` and `--port` are appended
+    memory_mb: int = Field(default=DEFAULT_MEMORY_MB, ge=0)  # of a container; 0: no limit
+    cpus: float = Field(default=DEFAULT_CPUS, ge=0)
 
     @property
     def name(self) -> str:
@@ -56,7 +75,7 @@ class Instance(Value):
 
 
 class Running(Value):
-    """A service process that its target knows of; `state` is supervisor's word."""
+    """An instance that its target knows of; `state` is supervisor's word, of a container too."""
 
     environment: Environment
     project: ProjectName
@@ -65,10 +84,17 @@ class Running(Value):
     pid: int
     uptime_seconds: float
     drain_seconds: float
+    image: str = ""
 
 
 class Target(Protocol):
     """Starts and stops instances. Every method may be repeated, and converges after a crash in its middle."""
+
+    def prepare(self, release: Release, folder: Path, store: Store) -> str:
+        """Have what an instance of the release is started from: its image by digest, or "" for a process.
+
+        `folder` is the release directory. What is there already is not made again, for a rollback neither.
+        """
 
     def start(self, instance: Instance) -> Endpoint:
         """Have the instance running, or still starting, at the endpoint returned; one that runs is reused."""
@@ -79,11 +105,63 @@ class Target(Protocol):
         Raises RolloutError, with the end of the service's log, when it dies or is not ready in time.
         """
 
+    def revive(self, name: str) -> None:
+        """Start an instance again that has given up; one that runs, or that is unknown, is left alone."""
+
     def stop(self, name: str, drain_seconds: float) -> None:
         """End an instance after it has answered what it had accepted; one that is absent is no error."""
 
     def instances(self) -> tuple[Running, ...]:
         """All instances, also those that died."""
+
+
+def open_target(settings: Settings) -> Target:
+    """Where the services of this installation run."""
+    match settings.target:
+        case "process":
+            return ProcessTarget(settings)
+        case "docker":
+            from perennial.containers import DockerTarget
+
+            return DockerTarget(settings)
+
+
+def await_ready(
+    endpoint: Endpoint,
+    timeout_seconds: float,
+    death: Callable[[], str | None],
+    tail: Callable[[], str],
+    look: str,
+) -> None:
+    """Return when the endpoint answers that it is ready to serve its release. See `Target.wait_ready`.
+
+    `death` says why the instance is no longer what it was at the first call, None while it is; `tail` the end
+    of its log, and `look` the command that shows more of it.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    last = "nobody answers"
+    while True:
+        answer = probe(f"http://{endpoint.host}:{endpoint.port}/health/ready")
+        if answer is not None:
+            served = answer.headers.get(RELEASE_HEADER)
+            if answer.status == 200 and served in (None, endpoint.release_id):
+                return
+            last = f"/health/ready answers {answer.status} for {served or 'no release'}"
+        if (reason := death()) is not None:
+            why = f" ({reason})" if reason else ""
+            raise RolloutError(
+                f"{endpoint.name} died before it was ready{why}. Its last lines:\n{tail()}",
+                "an instance that gets ready to serve",
+                look,
+            )
+        if time.monotonic() > deadline:
+            raise RolloutError(
+                f"{endpoint.release_id} was not ready within {timeout_seconds:g} s: {last}. "
+                f"Its last lines:\n{tail()}",
+                "200 from /health/ready",
+                "make it start faster, or raise ready_timeout_seconds under [tool.perennial.service]",
+            )
+        time.sleep(_POLL_SECONDS)
 
 
 class ProcessTarget:
@@ -93,6 +171,11 @@ class ProcessTarget:
         self._settings = settings
         self._supervisor = Supervisor(settings)
         self._folder = settings.root / "services"
+
+    def prepare(self, release: Release, folder: Path, store: Store) -> str:
+        """Raises ProjectError when the release's environment cannot be made."""
+        environments.make(store, release.environment, self._settings.root / "environments")
+        return ""
 
     def start(self, instance: Instance) -> Endpoint:
         """Raises InstallationError when supervisord does not run, RolloutError when it cannot spawn it."""
@@ -118,41 +201,32 @@ class ProcessTarget:
         return endpoint
 
     def wait_ready(self, endpoint: Endpoint, timeout_seconds: float) -> None:
-        deadline = time.monotonic() + timeout_seconds
-        first_pid = 0
-        last = "nobody answers"
-        while True:
-            answer = probe(f"http://{endpoint.host}:{endpoint.port}/health/ready")
-            if answer is not None:
-                served = answer.headers.get(RELEASE_HEADER)
-                if answer.status == 200 and served in (None, endpoint.release_id):
-                    return
-                last = f"/health/ready answers {answer.status} for {served or 'no release'}"
-            if endpoint.name:
-                process = self._supervisor.process(endpoint.name)
-                pid = process.pid if process else 0
-                first_pid = first_pid or pid
-                # A second process id means that the first one died; that the next may live helps nobody.
-                if process is None or process.is_down or process.state == "BACKOFF" or pid != first_pid:
-                    why = f" ({process.reason})" if process and process.reason else ""
-                    raise RolloutError(
-                        f"{endpoint.name} died before it was ready{why}. Its last lines:\n"
-                        f"{self._tail(endpoint.name)}",
-                        "a process that gets ready to serve",
-                        f"see {self._log(endpoint.name)}",
-                    )
-            if time.monotonic() > deadline:
-                raise RolloutError(
-                    f"{endpoint.release_id} was not ready within {timeout_seconds:g} s: {last}. "
-                    f"Its last lines:\n{self._tail(endpoint.name)}",
-                    "200 from /health/ready",
-                    "make it start faster, or raise ready_timeout_seconds under [tool.perennial.service]",
-                )
-            time.sleep(_POLL_SECONDS)
+        name, first_pid = endpoint.name, 0
+
+        def death() -> str | None:
+            nonlocal first_pid
+            process = self._supervisor.process(name) if name else None
+            pid = process.pid if process else 0
+            first_pid = first_pid or pid
+            # A second process id means that the first one died; that the next may live helps nobody.
+            if not name or (
+                process and not process.is_down and process.state != "BACKOFF" and pid == first_pid
+            ):
+                return None
+            return process.reason if process else ""
+
+        await_ready(endpoint, timeout_seconds, death, lambda: self._tail(name), f"see {self._log(name)}")
+
+    def revive(self, name: str) -> None:
+        with self._locked():
+            self._load(name)
+        process = self._supervisor.process(name)
+        if process is not None and process.is_down:
+            self._supervisor.start(name)
 
     def stop(self, name: str, drain_seconds: float = 30.0) -> None:
         self._supervisor.stop(name)
-        deadline = time.monotonic() + 2 * drain_seconds + _KILL_MARGIN_SECONDS
+        deadline = time.monotonic() + 2 * drain_seconds + KILL_MARGIN_SECONDS
         while (process := self._supervisor.process(name)) is not None and not process.is_down:
             if time.monotonic() > deadline:
                 self._supervisor.kill(name)
@@ -231,14 +305,14 @@ class ProcessTarget:
         parser[f"program:{instance.name}"] = {
             "command": supervision.command([*argv, "--host", endpoint.host, "--port", str(endpoint.port)]),
             "directory": supervision.literal(instance.release),
-            "environment": supervision.environment(_SERVICE_ENVIRONMENT | instance.variables),
+            "environment": supervision.environment(SERVICE_ENVIRONMENT | instance.variables),
             "autostart": "true",
             "autorestart": "true",
             "startsecs": "1",
             "startretries": "2",
             "stopsignal": "TERM",
             # The server drains its requests, then its prediction log, each for that long at most.
-            "stopwaitsecs": str(int(2 * instance.drain_seconds + _KILL_MARGIN_SECONDS) + 1),
+            "stopwaitsecs": str(int(2 * instance.drain_seconds + KILL_MARGIN_SECONDS) + 1),
             "killasgroup": "true",
             "redirect_stderr": "true",
             "stdout_logfile": supervision.log_path(self._log(instance.name)),

@@ -9,7 +9,7 @@ from datetime import date, datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 ProjectName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,39}$")]
@@ -200,6 +200,8 @@ class ServingForm(Value):
 
 
 DEFAULT_TOLERANCE = 1e-9
+DEFAULT_MEMORY_MB = 1024
+DEFAULT_CPUS = 1.0
 
 
 class ServiceLimits(Value):
@@ -219,6 +221,65 @@ class ServiceLimits(Value):
         default=DEFAULT_TOLERANCE, ge=0, lt=1, exclude_if=lambda it: it == DEFAULT_TOLERANCE
     )
     workers: int = Field(default=0, ge=0, exclude_if=lambda it: it == 0)  # 0: one per CPU it may use
+    # Of a container; 0: no limit.
+    memory_mb: int = Field(default=DEFAULT_MEMORY_MB, ge=0, exclude_if=lambda it: it == DEFAULT_MEMORY_MB)
+    cpus: float = Field(default=DEFAULT_CPUS, ge=0, exclude_if=lambda it: it == DEFAULT_CPUS)
+
+
+Strategy = Literal["all-at-once", "blue-green", "canary", "shadow"]
+
+
+class RolloutPolicy(Value):
+    """How a release comes in front of the users of one environment.
+
+    A step of a canary, or of a shadow before it is switched, ends when it has lasted `bake_seconds` and the
+    candidate has answered `bake_requests`; the last one when the evidence says `promote`. What has not come
+    to an end after `max_wait_seconds` more asks a person.
+    """
+
+    strategy: Strategy = "all-at-once"
+    steps: tuple[Annotated[int, Field(ge=1, le=99)], ...] = Field(default=(10, 50), min_length=1)  # percent
+    bake_seconds: float = Field(default=60.0, ge=0)
+    bake_requests: int = Field(default=0, ge=0)
+    max_wait_seconds: float = Field(default=900.0, ge=0)
+    keep_warm_seconds: float = Field(
+        default=0.0, ge=0
+    )  # how long the release before stays up, for a way back
+    probation_seconds: float = Field(default=0.0, ge=0)  # how long a promoted release is watched
+    approval: Literal["auto", "required"] = "auto"
+    approval_hours: float = Field(default=72.0, gt=0)  # how long a person's approval stays open
+
+    @field_validator("steps")
+    @classmethod
+    def _ascending(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
+        if list(steps) != sorted(set(steps)):
+            raise ValueError("the steps of a rollout must rise, such as [5, 25, 50]")
+        return steps
+
+
+class TestPolicy(RolloutPolicy):
+    """The test environment: deploys in seconds, and asks nobody."""
+
+    __test__ = False  # pytest would collect it by its name
+
+
+class ProductionPolicy(RolloutPolicy):
+    """Production: a person approves, a share of the traffic proves, the last good release stays warm."""
+
+    strategy: Strategy = "canary"
+    keep_warm_seconds: float = Field(default=3600.0, ge=0)
+    probation_seconds: float = Field(default=600.0, ge=0)
+    approval: Literal["auto", "required"] = "required"
+
+
+class Rollouts(Value):
+    """The rollout policy of each environment."""
+
+    test: TestPolicy = TestPolicy()
+    production: ProductionPolicy = ProductionPolicy()
+
+    def of(self, environment: Environment) -> RolloutPolicy:
+        return self.production if environment == "production" else self.test
 
 
 class Release(Value):
@@ -243,6 +304,7 @@ class Release(Value):
     mlflow_run_id: str | None = None
     # Of an accepted release; without it, as in all before there was one, the original serves, unbatched.
     serving: ServingForm | None = Field(default=None, exclude_if=lambda it: it is None)
+    rollout: Rollouts = Field(default=Rollouts(), exclude_if=lambda it: it == Rollouts())
     created_at: datetime
 
 
@@ -271,13 +333,19 @@ class Rollout(Value):
 
 
 class Endpoint(Value):
-    """Where one release of a service answers. `name` is what its target calls it."""
+    """Where one release of a service answers. `name` is what its target calls it.
+
+    `standby`: gets requests only while no other endpoint is healthy. `shadow_percent`: gets a copy of this
+    share of the requests, and its answers go nowhere.
+    """
 
     name: str = ""
     host: str
     port: int
     release_id: str
     weight: Annotated[int, Field(ge=1)] = 1
+    standby: bool = False
+    shadow_percent: Annotated[int, Field(ge=0, le=100)] = 0
 
 
 def slug(text: str) -> str:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from serving.contract import ONNX_FILE, PLAN_FILE, SERVING_DIRECTORY, Plan
+from serving.contract import ONNX_FILE, PLAN_FILE, SERVING_DIRECTORY, TREES_FILE, Plan
 from serving.errors import ContractError
+from serving.quickscorer import QuickScorer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +40,22 @@ def onnxruntime() -> Any:
     return onnxruntime
 
 
+def load_graph(content: bytes, path: Path) -> Any:
+    """A session of one thread. Raises `ContractError` if onnxruntime cannot load the graph, from `path`."""
+    ort = onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 4  # its exceptions say all that its log would
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # smaller, and as fast for few rows
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has an exception per status, with no common base of its own
+        found = str(error).splitlines()[0] if str(error) else repr(error)
+        raise ContractError(f"onnxruntime cannot load it: {found}", BUILD_AGAIN, str(path)) from error
+
+
 OUTPUTS = ["prediction"]
 COLUMNWISE_ROWS = 8  # from here on, codes are looked up by column
 MOST_ROWS = 50  # of a call: with more, onnxruntime walks all rows for each tree, and they leave the cache
@@ -53,19 +70,8 @@ class CompiledModel:
     def __init__(self, directory: Path, plan: Plan) -> None:
         import numpy as np
 
-        ort = onnxruntime()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        options.log_severity_level = 4  # its exceptions say all that its log would
-        options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # smaller, and as fast for few rows
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         path = directory / ONNX_FILE
-        try:
-            session = ort.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime has an exception per status, with no common base of its own
-            found = str(error).splitlines()[0] if str(error) else repr(error)
-            raise ContractError(f"onnxruntime cannot load it: {found}", BUILD_AGAIN, str(path)) from error
+        session = load_graph(path.read_bytes(), path)
         wanted = [name for name, columns in (("numbers", plan.numbers), ("codes", plan.lookups)) if columns]
         inputs = sorted(node.name for node in session.get_inputs())
         if inputs != sorted(wanted) or [node.name for node in session.get_outputs()] != ["prediction"]:
@@ -81,6 +87,9 @@ class CompiledModel:
             codes: dict[Any, int] = {value: code for code, value in enumerate(lookup.values)}
             codes[None] = unknown + 1
             self._codes.append((position, codes, unknown))
+        self._from_rows = plan.trees_from_rows
+        if self._from_rows is not None:
+            self._trees = QuickScorer(directory / TREES_FILE, plan, load_graph)
 
     def predict(self, rows: Sequence[tuple[Any, ...]]) -> np.ndarray:
         """One float64 per row, of tuples that begin with the values of `plan.numbers`, then `plan.lookups`.
@@ -89,6 +98,8 @@ class CompiledModel:
         """
         if not rows:
             return self._empty(0)
+        if self._from_rows is not None and len(rows) >= self._from_rows:
+            return self._by_column(rows)
         array, numbers = self._array, self._numbers
         feeds: dict[str, np.ndarray] = {}
         if numbers:  # None becomes NaN
@@ -104,9 +115,19 @@ class CompiledModel:
             prediction = self._concatenate([self._run(OUTPUTS, piece, None)[0] for piece in pieces])
         return prediction
 
-    def _coded(self, rows: Sequence[tuple[Any, ...]]) -> np.ndarray:
-        codes = self._codes
-        if len(rows) < COLUMNWISE_ROWS:
-            return self._array([[c.get(row[i], u) for i, c, u in codes] for row in rows], "i8")
+    def _by_column(self, rows: Sequence[tuple[Any, ...]]) -> np.ndarray:
         columns = list(zip(*rows, strict=True))
-        return self._array([list(map(c.get, columns[i], repeat(u))) for i, c, u in codes], "i8").T.copy()
+        numbers = self._array(columns[: self._numbers], "f8").reshape(self._numbers, len(rows))
+        return self._trees.predict(numbers, self._coded_columns(columns))
+
+    def _coded(self, rows: Sequence[tuple[Any, ...]]) -> np.ndarray:
+        """int64 [rows, lookups]."""
+        if len(rows) < COLUMNWISE_ROWS:
+            codes = self._codes
+            return self._array([[c.get(row[i], u) for i, c, u in codes] for row in rows], "i8")
+        return self._coded_columns(list(zip(*rows, strict=True))).T.copy()
+
+    def _coded_columns(self, columns: Sequence[tuple[Any, ...]]) -> np.ndarray:
+        """int64 [lookups, rows]."""
+        codes = [list(map(c.get, columns[i], repeat(u))) for i, c, u in self._codes]
+        return self._array(codes, "i8").reshape(len(codes), len(columns[0]))

@@ -3,6 +3,7 @@
 1. passthrough.py: which estimator Model.predict passes its rows to, and which of its outputs it returns.
 2. steps.py, tabulate.py, estimators.py, trees.py: that estimator as one ONNX graph in float64.
 3. edges.py, parity.py: the graph says what Model.predict says, on the holdout, single rows and edge rows.
+4. leafmasks.py: its trees in a faster form for many rows, which says what the graph says, to the last bit.
 Whatever fails becomes the plan's reason, and the original serves.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +20,31 @@ import msgspec
 
 from serving.compiled import CompiledModel
 from serving.constants import constants_of
-from serving.contract import ONNX_FILE, PLAN_FILE, CompileRequest, InputSchema, Lookup, Plan
+from serving.contract import ONNX_FILE, PLAN_FILE, TREES_FILE, CompileRequest, InputSchema, Lookup, Plan
 from serving.edges import Data
 from serving.errors import ContractError
 from serving.estimators import predicted
 from serving.graph import Graph, Inputs, NotCompilable, Raw, Source
+from serving.leafmasks import leaf_masks
 from serving.parity import Original, check_parity, check_row_wise, one_thread
 from serving.passthrough import Output, find_output
 
 PASSES = 4  # over a model, until its graph's inputs are complete
+MOST_FEW = 100  # rows: a form that only pays beyond them would be loaded in vain
+SPLIT_ROWS = 2_000  # of the holdout and of the edge rows each, that are asked for in small calls too
+LAST_BITS = 1e-15  # by fewer, onnxruntime's own exp and sigmoid differ with a row's place in its call
 SWITCHED_OFF = "switched off by compiled = never"
 
 
 def compile_model(
     model: Any, schema: InputSchema, request: CompileRequest, say: Callable[[str], None]
 ) -> Plan:
-    """Write `plan.json`, and `model.onnx` where the compiled model serves, to the request's output."""
+    """Write `plan.json`, and `model.onnx` and `trees.npz` where they serve, to the request's output."""
     data = Data(request, schema, constants_of(model))
     output = Path(request.output)
     output.mkdir(parents=True, exist_ok=True)
-    (output / ONNX_FILE).unlink(missing_ok=True)
+    for name in (ONNX_FILE, TREES_FILE):
+        (output / name).unlink(missing_ok=True)
     original = Original(model, schema.features)
     with one_thread():
         plan = _plan(model, original, data, request, output, say)
@@ -92,7 +98,8 @@ def _compiled(
     frames = [data.holdout, edges, *data.calls(edges)]
     estimator, passed = find_output(model, frames)
     say(f"Model.predict is {passed.method} of its {passed.attribute!r}, a {type(estimator).__name__}")
-    content, inputs, thresholds = build_graph(estimator, passed, data)
+    content, graph = build_graph(estimator, passed, data)
+    inputs = graph.inputs
     plan = Plan(
         path="compiled",
         reason="",
@@ -107,21 +114,65 @@ def _compiled(
             compiled = CompiledModel(Path(folder), plan)
         except ContractError as error:
             raise NotCompilable(f"its graph: {error.found}") from error
-    edges = data.edge_frame(thresholds, request.seed)
-    parity = check_parity(original, compiled, plan, data.holdout, edges, request.tolerance)
-    reason = (
-        f"says what the original says within {parity.max_abs_difference:.3g} on {parity.rows:,} rows of the "
-        f"holdout and {parity.edge_rows:,} edge rows"
-    )
-    say(f"the compiled model serves: it {reason}")
-    partial = output / (ONNX_FILE + ".partial")
-    partial.write_bytes(content)
-    partial.replace(output / ONNX_FILE)
+        edges = data.edge_frame(graph.thresholds, request.seed)
+        parity = check_parity(original, compiled, plan, data.holdout, edges, request.tolerance)
+        reason = (
+            f"says what the original says within {parity.max_abs_difference:.3g} on {parity.rows:,} rows of "
+            f"the holdout and {parity.edge_rows:,} edge rows"
+        )
+        say(f"the compiled model serves: it {reason}")
+        asked = [original.tuples(frame, plan.columns) for frame in (data.holdout, edges)]
+        plan = _with_trees(Path(folder), graph, plan, compiled, asked, say)
+        for written in sorted(Path(folder).iterdir()):
+            partial = output / f"{written.name}.partial"
+            partial.write_bytes(written.read_bytes())
+            partial.replace(output / written.name)
     return msgspec.structs.replace(plan, reason=reason, parity=parity)
 
 
-def build_graph(estimator: Any, passed: Output, data: Data) -> tuple[bytes, Inputs, dict[str, set[float]]]:
-    """The graph of one output of a fitted estimator, what it asks of a request, the thresholds of its trees.
+def _with_trees(
+    folder: Path,
+    graph: Graph,
+    plan: Plan,
+    compiled: CompiledModel,
+    frames: Sequence[list[tuple[Any, ...]]],
+    say: Callable[[str], None],
+) -> Plan:
+    """The plan of many rows by the trees' masks, which are written to the folder if they say the same."""
+    try:
+        content, from_rows = leaf_masks(graph)
+        if from_rows > MOST_FEW:
+            raise NotCompilable(f"masks of its trees' leaves would pay from {from_rows:,} rows on")
+        (folder / TREES_FILE).write_bytes(content)
+        faster = msgspec.structs.replace(plan, trees_from_rows=from_rows)
+        _check_equal(compiled, CompiledModel(folder, faster), frames, from_rows)
+    except (NotCompilable, ContractError) as error:
+        (folder / TREES_FILE).unlink(missing_ok=True)
+        say(f"calls of many rows go through the graph too: {error}")
+        return plan
+    say(f"calls of {from_rows} rows or more go through masks of the trees' leaves, to equal predictions")
+    return faster
+
+
+def _check_equal(
+    graph: CompiledModel, trees: CompiledModel, frames: Sequence[list[tuple[Any, ...]]], from_rows: int
+) -> None:
+    """Raises `NotCompilable` unless the trees' masks say what their graph says, in calls of any size."""
+    import numpy as np
+
+    for rows in frames:
+        expected = graph.predict(rows)
+        for size in (len(rows), from_rows, from_rows + 1):
+            for begin in range(0, len(rows) if size == len(rows) else min(len(rows), SPLIT_ROWS), size):
+                said, meant = trees.predict(rows[begin : begin + size]), expected[begin : begin + size]
+                alike = np.isclose(said, meant, rtol=LAST_BITS, atol=LAST_BITS, equal_nan=True)
+                if not alike.all():
+                    at = int(np.argmin(alike))
+                    raise NotCompilable(f"of row {begin + at} they say {said[at]!r}, the graph {meant[at]!r}")
+
+
+def build_graph(estimator: Any, passed: Output, data: Data) -> tuple[bytes, Graph]:
+    """The model of one output of a fitted estimator, and the graph that it was written from.
 
     Raises `NotCompilable`. A pass may find more inputs than the ones before knew of: then once more.
     """
@@ -135,5 +186,5 @@ def build_graph(estimator: Any, passed: Output, data: Data) -> tuple[bytes, Inpu
         content = graph.model(prediction)
         inputs = graph.inputs
         if inputs.sizes() == before:
-            return content, inputs, graph.thresholds
+            return content, graph
     raise NotCompilable("its inputs could not be settled")

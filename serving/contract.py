@@ -21,6 +21,7 @@ MODEL_DIRECTORY = "model"
 SERVING_DIRECTORY = "serving"  # how the model is served: the plan, and the compiled model where there is one
 PLAN_FILE = "plan.json"
 ONNX_FILE = "model.onnx"
+TREES_FILE = "trees.npz"  # the trees of a compiled model once more, for calls of many rows
 SITE_DIRECTORY = "site"  # the project's wheel, unpacked
 
 EXPLAINED_FAILURE = 3  # exit code of a process whose Result holds an error
@@ -95,7 +96,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     The compiled model is an ONNX graph with the inputs `numbers` (float64, [rows, len(numbers)], null is NaN)
     and `codes` (int64, [rows, len(lookups)]; see `Lookup`) and the output `prediction` (float64, [rows]). An
-    input of no columns is left out of the graph.
+    input of no columns is left out of the graph. With `trees_from_rows` its trees are in `trees.npz` as well,
+    in a form that is faster for calls of so many rows or more.
     """
 
     path: Literal["compiled", "original"]
@@ -104,7 +106,13 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     batching_reason: str
     numbers: tuple[str, ...] = ()
     lookups: tuple[Lookup, ...] = ()
+    trees_from_rows: int | None = None
     parity: Parity | None = None
+
+    @property
+    def columns(self) -> list[str]:
+        """What a row of the compiled model holds."""
+        return [*self.numbers, *(lookup.column for lookup in self.lookups)]
 
 
 class Golden(msgspec.Struct, frozen=True):
@@ -163,9 +171,10 @@ class PredictRequest(msgspec.Struct, frozen=True, tag="predict", forbid_unknown_
 class CompileRequest(msgspec.Struct, frozen=True, tag="compile", forbid_unknown_fields=True):
     """Find the fastest form of a trained model that says what the model says; write it to `output`.
 
-    `trained` is what a `TrainRequest` wrote. `output` gets `plan.json`, and `model.onnx` of a compiled model.
-    Parity is checked on the holdout, on its single rows, and on edge rows. Without `compile` the model serves
-    as it is, and only whether its requests may be batched is found out.
+    `trained` is what a `TrainRequest` wrote. `output` gets `plan.json`, and of a compiled model `model.onnx`
+    and, where they are faster, `trees.npz`. Parity is checked on the holdout, on its single rows, and on edge
+    rows. Without `compile` the model serves as it is, and only whether its requests may be batched is found
+    out.
     """
 
     source: str

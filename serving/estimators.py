@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from serving.graph import Computed, Graph, NotCompilable, Raw, Source, Table
+from serving.graph import Computed, Graph, NotCompilable, Raw, Source, Table, Trees
 from serving.indicators import Indicators, affordable
 from serving.numbers import FUNCTIONS
 from serving.steps import numeric, own_kind, skl2onnx_model, transformed
@@ -99,7 +99,7 @@ def _histogram(graph: Graph, trees: Any, output: Output, sources: list[Source], 
         ensemble.histogram(predictor, known, indicator)
     sources = columns.used(ensemble)
     _note_thresholds(graph, ensemble, sources)
-    raw = graph.node("TreeEnsemble", numeric(graph, sources), domain="ai.onnx.ml", **ensemble.attributes())
+    raw = _trees(graph, ensemble, sources, numeric(graph, sources), narrow=False)
     if output.method == "decision_function":
         return raw
     return _linked(graph, raw, trees._loss, output)
@@ -118,7 +118,7 @@ def _boosted(graph: Graph, trees: Any, output: Output, sources: list[Source]) ->
         ensemble.plain(tree.tree_, trees.learning_rate * tree.tree_.value[:, 0, 0])
     _note_thresholds(graph, ensemble, sources)
     narrow = graph.node("Cast", numeric(graph, sources), to=FLOAT)
-    raw = _trees(graph, ensemble, narrow)
+    raw = _trees(graph, ensemble, sources, narrow)
     if output.method != "decision_function":
         raw = _linked(graph, raw, trees._loss, output)
     return _guarded(graph, raw, narrow, trees.n_features_in_, missing=False)
@@ -135,7 +135,7 @@ def _forest(graph: Graph, forest: Any, output: Output, sources: list[Source]) ->
         ensemble.plain(tree.tree_, tree.tree_.value[:, 0, output.index or 0])
     _note_thresholds(graph, ensemble, sources)
     narrow = graph.node("Cast", numeric(graph, sources), to=FLOAT)
-    said = _trees(graph, ensemble, narrow)
+    said = _trees(graph, ensemble, sources, narrow)
     if len(trees) > 1:
         said = graph.node("Div", said, graph.constant(np.array(float(len(trees)))))
     missing = bool(trees[0]._support_missing_values(np.zeros((1, 1))))
@@ -149,10 +149,15 @@ def _note_thresholds(graph: Graph, ensemble: Ensemble, sources: Sequence[Source]
             graph.thresholds.setdefault(source.column.name, set()).add(split)
 
 
-def _trees(graph: Graph, ensemble: Ensemble, narrow: str) -> str:
-    """Trees that compare 32-bit values with 64-bit thresholds, as scikit-learn's plain trees do."""
-    wide = graph.node("Cast", narrow, to=DOUBLE)
-    return graph.node("TreeEnsemble", wide, domain="ai.onnx.ml", **ensemble.attributes())
+def _trees(
+    graph: Graph, ensemble: Ensemble, sources: Sequence[Source], values: str, narrow: bool = True
+) -> str:
+    """The sums of trees. Plain trees of scikit-learn compare 32-bit values with 64-bit thresholds."""
+    if narrow:
+        values = graph.node("Cast", values, to=DOUBLE)
+    sums = graph.node("TreeEnsemble", values, domain="ai.onnx.ml", **ensemble.attributes())
+    graph.trees.append(Trees(sums, ensemble, sources, narrow))
+    return sums
 
 
 def _linked(graph: Graph, raw: str, loss: Any, output: Output) -> str:

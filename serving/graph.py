@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,9 @@ from serving.contract import Column
 
 if TYPE_CHECKING:
     import numpy as np
-    from onnx import ModelProto, NodeProto, TensorProto
+    from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
+
+    from serving.trees import Ensemble
 
 IR_VERSION = 10
 OPSET = 21
@@ -51,6 +54,16 @@ class Computed:
 Source = Raw | Table | Computed
 
 
+@dataclass(frozen=True)
+class Trees:
+    """An ensemble of trees in a graph, its columns, and the tensor of its sums, [rows, 1]."""
+
+    tensor: str
+    ensemble: Ensemble
+    sources: Sequence[Source]
+    narrow: bool  # it compares 32-bit numbers
+
+
 @dataclass
 class Inputs:
     """What the graph asks of a request: its order is that of first use."""
@@ -70,6 +83,7 @@ class Graph:
         self.inputs = inputs
         self.opsets = {"": OPSET}
         self.thresholds: dict[str, set[float]] = {}  # of trees, by column of the request
+        self.trees: list[Trees] = []
         self._nodes: list[NodeProto] = []
         self._constants: dict[str, TensorProto] = {}
         self._names = 0
@@ -157,7 +171,6 @@ class Graph:
     def model(self, prediction: str) -> bytes:
         """The finished model of a [rows] or [rows, 1] prediction: equal graphs are equal bytes."""
         import numpy as np
-        from onnx import TensorProto, checker, helper
 
         flat = self.node("Reshape", prediction, self.constant(np.array([-1], np.int64)))
         if refused := [name for name, codes in self.inputs.refused.items() if codes.any()]:
@@ -165,7 +178,28 @@ class Graph:
             axis = self.constant(np.array([1], np.int64))
             flat = self.node("Add", flat, self.node("ReduceSum", self.tensor(nothing), axis, keepdims=0))
         self._nodes[-1].output[0] = "prediction"
-        inputs = [
+        return self._model(self._nodes, self._inputs())
+
+    def rest(self, trees: Trees) -> bytes:
+        """What comes after an ensemble, once there is a `model`: the input `trees` [rows, 1] is its sums."""
+        from onnx import TensorProto, helper
+
+        wanted, nodes = {"prediction"}, []
+        for node in reversed(self._nodes):
+            if not wanted.isdisjoint(node.output) and trees.tensor not in node.output:
+                nodes.append(copy.deepcopy(node))
+                wanted |= set(node.input)
+        for node in nodes:
+            for index, name in enumerate(node.input):
+                node.input[index] = "trees" if name == trees.tensor else name
+        sums = helper.make_tensor_value_info("trees", TensorProto.DOUBLE, ["rows", 1])
+        inputs = [given for given in self._inputs() if given.name in wanted]
+        return self._model(nodes[::-1], [sums, *inputs])
+
+    def _inputs(self) -> list[ValueInfoProto]:
+        from onnx import TensorProto, helper
+
+        return [
             helper.make_tensor_value_info(name, kind, ["rows", len(columns)])
             for name, kind, columns in (
                 ("numbers", TensorProto.DOUBLE, self.inputs.numbers),
@@ -173,12 +207,16 @@ class Graph:
             )
             if columns
         ]
+
+    def _model(self, nodes: Sequence[NodeProto], inputs: Sequence[ValueInfoProto]) -> bytes:
+        from onnx import TensorProto, checker, helper
+
         if not inputs:
             raise NotCompilable("the model uses none of its features")
         output = helper.make_tensor_value_info("prediction", TensorProto.DOUBLE, ["rows"])
-        graph = helper.make_graph(
-            self._nodes, "model", inputs, [output], initializer=list(self._constants.values())
-        )
+        used = {name for node in nodes for name in node.input}
+        constants = [constant for name, constant in self._constants.items() if name in used]
+        graph = helper.make_graph(nodes, "model", inputs, [output], initializer=constants)
         imports = [helper.make_opsetid(domain, version) for domain, version in sorted(self.opsets.items())]
         model = helper.make_model(graph, opset_imports=imports, producer_name=PRODUCER)
         model.ir_version = IR_VERSION

@@ -21,7 +21,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.runtime import flow_run
 from prefect.states import Failed, State
 
-from perennial import environments, releases, rollout, snapshot, source, warm
+from perennial import environments, leases, releases, snapshot, source, warm
 from perennial.config import Project
 from perennial.errors import PerennialError
 from perennial.journal import Journal, open_journal
@@ -30,6 +30,7 @@ from perennial.store import Store, StoreCredentials, open_store
 from perennial.values import Dataset, ModelEnvironment, Release, Source
 
 _PROGRESS_SECONDS = 1.0  # each update is a request to Prefect's API
+_JOURNAL_PATIENCE_SECONDS = 120.0  # as Prefect's client has for its server
 _KEEP_WORK_SECONDS = 7 * 86_400  # of a failed run: long enough to look at its logs
 
 P = ParamSpec("P")
@@ -66,7 +67,7 @@ def explained(flow_body: Callable[P, R]) -> Callable[P, R | State[Any]]:
             return Failed(message=str(error), data=error)
         finally:
             warm.close()
-            rollout.let_go()
+            leases.let_go()
 
     # Prefect validates parameters by their annotations, and would look their names up in this module.
     wrapped.__signature__ = inspect.signature(flow_body, eval_str=True)  # type: ignore[attr-defined]
@@ -134,7 +135,7 @@ def store_environment() -> dict[str, str]:
 @lru_cache(maxsize=1)
 def journal() -> Journal:
     """The release journal."""
-    return open_journal(settings().database)
+    return open_journal(settings().database, patience_seconds=_JOURNAL_PATIENCE_SECONDS)
 
 
 def work_folder() -> Path:

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from perennial import rollout, router
+from perennial import leases, rollout, router
 from perennial.errors import RolloutError
 from perennial.journal import Journal, open_journal
+from perennial.reconcile import reconcile
 from perennial.settings import Settings
 from perennial.supervision import Supervisor
 from perennial.targets import ProcessTarget
@@ -32,7 +33,8 @@ class World:
 
     def __init__(self, here: Settings, database: Path) -> None:
         self.here = here
-        self.journal: Journal = open_journal(f"sqlite:///{database}")
+        self.database = f"sqlite:///{database}"
+        self.journal: Journal = open_journal(self.database)
         self.target = ProcessTarget(here)
 
     def start(self, letter: str, *options: str, project: str = "toy") -> Release:
@@ -52,7 +54,7 @@ class World:
         release = self.start(letter, *options, project=project)
         self.switch(release)
         rollout.retire(self.here, self.journal, self.target, project, "test")
-        rollout.let_go()
+        leases.let_go()
         return release.release_id
 
     def url(self, project: str = "toy") -> str:
@@ -80,6 +82,7 @@ def _running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
 def world(_running: Settings, tmp_path: Path) -> Iterator[World]:
     world = World(_running, tmp_path / "journal.db")
     yield world
+    leases.let_go()
     router.apply(_running, {})
     for service in world.target.instances():
         world.target.stop(service.endpoint.name, 1.0)
@@ -121,7 +124,7 @@ def test_another_service_that_is_down_does_not_stand_in_the_way(world: World) ->
     second = world.deploy("b")
     assert time.monotonic() - began < 10
     assert (first != second) and world.ask() == second
-    rollout.reconcile(world.here, world.journal, world.target)
+    reconcile(world.here, world.journal, world.target)
     assert world.ask() == second
 
 
@@ -138,7 +141,7 @@ def test_a_candidate_that_died_since_it_was_proven_is_not_switched_to(
         world.switch(candidate)
     assert world.journal.active("toy", "test") == old
     assert {world.ask() for _ in range(10)} == {old}
-    rollout.reconcile(world.here, world.journal, world.target)
+    reconcile(world.here, world.journal, world.target)
     assert world.running() == {old}
 
 
@@ -170,7 +173,7 @@ def test_a_switch_that_was_killed_is_finished_or_undone_by_reconciling(world: Wo
     router.apply(world.here, {"test": {"toy": both}})
     if written == "after the decision":
         world.journal.decide(project="toy", environment="test", kind="promoted", release_id=new)
-    rollout.reconcile(world.here, world.journal, world.target)
+    reconcile(world.here, world.journal, world.target)
     wanted = new if written == "after the decision" else old
     assert {world.ask() for _ in range(10)} == {wanted}
     assert world.running() == {wanted}
@@ -180,21 +183,21 @@ def test_a_second_process_waits_for_the_rollout_and_is_told_when_it_takes_too_lo
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom perennial import rollout\n"
-        "from perennial.settings import Settings\n"
-        f"rollout.hold(Settings(home=Path({str(world.here.root)!r})), 'toy', 'test')\n"
+        "import time\nfrom perennial import leases\nfrom perennial.journal import open_journal\n"
+        f"journal = open_journal({world.database!r})\n"
+        "leases.hold(journal, 'toy', 'test', 'a deploy of somebody else')\n"
         "print('held', flush=True)\ntime.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None and other.stdout.readline() == "held\n"
     release = world.start("c")
-    monkeypatch.setattr(rollout, "_LOCK_WAIT_SECONDS", 1.0)
-    with pytest.raises(RolloutError, match="another deploy of toy to test has been under way"):
+    monkeypatch.setattr(leases, "_WAIT_SECONDS", 1.0)
+    said = f"another rollout of toy to test .* a deploy of somebody else .process {other.pid} on"
+    with pytest.raises(RolloutError, match=said):
         world.switch(release)
-    monkeypatch.setattr(rollout, "_LOCK_WAIT_SECONDS", 30.0)
-    other.kill()  # the kernel frees the lock of a dead process
+    other.kill()  # a dead process holds nothing, whatever its lease says
     other.wait()
     other.stdout.close()
     world.switch(release)
     assert world.ask() == release.release_id
-    rollout.let_go()
+    leases.let_go()

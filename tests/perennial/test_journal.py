@@ -383,8 +383,8 @@ def test_a_database_that_is_opened_again_has_everything(database_url: str) -> No
 @pytest.mark.parametrize(
     ("found", "words", "next_words"),
     [
-        (SCHEMA_VERSION - 1, "has schema 0", "another PERENNIAL_DATABASE_URL"),
-        (SCHEMA_VERSION + 1, "has schema 2", "git pull"),
+        (0, "has schema 0", "another PERENNIAL_DATABASE_URL"),
+        (SCHEMA_VERSION + 1, "has schema 3", "git pull"),
     ],
 )
 def test_the_schema_of_another_version_is_explained_and_left_alone(

@@ -2,7 +2,7 @@
 # The local base image, made without any registry: Debian's packages of Python and what it links to, unpacked
 # into an empty root. No shell, no package manager, no setuid program. As root, on any Debian or Ubuntu.
 #
-#   infra/docker/base.sh OUTPUT.tar          perennial/images.py imports it into the engine
+#   infra/docker/base-image.sh OUTPUT.tar          perennial/images.py imports it into the engine
 set -euo pipefail
 
 suite=bookworm
@@ -20,9 +20,9 @@ give_up() {
     exit 1
 }
 
-(($# == 1)) || give_up "infra/docker/base.sh was called with $# arguments" "one, the tar file to write" "infra/docker/base.sh base.tar"
+(($# == 1)) || give_up "infra/docker/base-image.sh was called with $# arguments" "one, the tar file to write" "infra/docker/base-image.sh base.tar"
 output=$(realpath "$1")
-((EUID == 0)) || give_up "base.sh runs as $(id -un)" "root: it unpacks a system and enters it by chroot" "sudo infra/docker/base.sh $1"
+((EUID == 0)) || give_up "base-image.sh runs as $(id -un)" "root: it unpacks a system and enters it by chroot" "sudo infra/docker/base-image.sh $1"
 command -v debootstrap >/dev/null || give_up "there is no debootstrap here" "Debian's package of that name" "apt-get install -y --no-install-recommends debootstrap"
 
 work=$(mktemp -d "$output.XXXXXX")
@@ -41,7 +41,7 @@ mkdir -p "$root"/usr/{bin,sbin,lib,lib64} "$root"/var/lib/dpkg/status.d
 for folder in bin sbin lib lib64; do ln -s "usr/$folder" "$root/$folder"; done
 for package in "${packages[@]//PYTHON/$python}"; do
     deb=("$archives/$package"_*.deb)
-    test -f "${deb[0]}" || give_up "debootstrap did not fetch $package" "every package of the list in base.sh" "edit the list for $suite"
+    test -f "${deb[0]}" || give_up "debootstrap did not fetch $package" "every package of the list in base-image.sh" "edit the list for $suite"
     dpkg-deb --fsys-tarfile "${deb[0]}" | tar --extract --keep-directory-symlink --directory "$root"
     dpkg-deb --field "${deb[0]}" >"$root/var/lib/dpkg/status.d/$package" # where scanners of images look
 done
