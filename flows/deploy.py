@@ -20,6 +20,7 @@ from tasks.rollout import (
     start_candidate,
     watch_release,
 )
+from tasks.verdict import ask_verdict
 
 
 @flow(flow_run_name=edge.named("deploy {project} to {environment}", "{release_id}"), **edge.DURABLE)
@@ -39,6 +40,7 @@ def deploy(
     candidate = start_candidate(release, environment, image)
     parity = check_candidate(release, environment, image, candidate)
     evidence = shift_traffic(release, environment, image, parity)
+    evidence = ask_verdict(release, environment, evidence)  # waits there only if the evidence is too little
     promoted = promote_release(release, environment, evidence)
     rollout = retire_previous(promoted)
     return watch_release(rollout)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from perennial import installation, lineage, locking, releases
+from perennial import approvals, installation, lineage, locking, releases
 from perennial.errors import PerennialError
 from perennial.journal import open_journal
 from perennial.settings import Settings, settings
@@ -42,11 +42,10 @@ def _run(chosen: argparse.Namespace) -> None:
             print(_roll_back(here, chosen))
         case "reap":
             print(_reap(here, dry_run=not chosen.yes))
-        case "approve":
-            journal = open_journal(here.database)
-            release = releases.find(journal, chosen.release.rpartition("-")[0], chosen.release)
-            journal.approve(release, "production", chosen.reviewer)
-            print(f"{release.release_id} may enter production, says {chosen.reviewer}")
+        case "approve" | "decline":
+            print(_review(here, chosen))
+        case "promote" | "withdraw":
+            print(_decide(here, chosen))
         case "enable":
             journal = open_journal(here.database)
             enabled = journal.enable_project(
@@ -55,6 +54,37 @@ def _run(chosen: argparse.Namespace) -> None:
             print(f"{enabled.name} is built from {enabled.branch} of {enabled.repository}")
         case "lock":
             print(f"wrote {locking.lock(chosen.project)}")
+
+
+def _review(here: Settings, chosen: argparse.Namespace) -> str:
+    journal = open_journal(here.database)
+    release = releases.find(journal, chosen.release.rpartition("-")[0], chosen.release)
+    environment = chosen.environment
+    waiting = approvals.waiting(journal, release, environment)
+    until = approvals.review(journal, release, environment, chosen.command, chosen.reviewer, chosen.note)
+    may = f"may enter {environment} until {approvals.moment(until)}"
+    if chosen.command == "decline":
+        may = f"may not enter {environment}"
+    lines = [f"{release.release_id} {may}, says {chosen.reviewer}"]
+    for asked in waiting:
+        url = f"{here.prefect_url}/runs/flow-run/{asked.run}"
+        resumed = approvals.resume(here, asked, chosen.command, chosen.reviewer, chosen.note)
+        lines.append(
+            f"{'resumed the run that waits' if resumed else 'Next: Resume the run that waits'}: {url}"
+        )
+    if not waiting and chosen.command == "approve":
+        parameters = f"-p environment={environment} -p release_id={release.release_id}"
+        lines.append(f"Next: prefect deployment run 'deploy/{release.project}' {parameters}")
+    return "\n".join(lines)
+
+
+def _decide(here: Settings, chosen: argparse.Namespace) -> str:
+    from perennial import verdicts  # late: what analyses rollouts imports scipy
+
+    journal = open_journal(here.database)
+    release = releases.find(journal, chosen.release.rpartition("-")[0], chosen.release)
+    said = (chosen.environment, chosen.command, chosen.reviewer, chosen.note)
+    return verdicts.decide(here, journal, open_target(here), release, *said)
 
 
 def _roll_back(here: Settings, chosen: argparse.Namespace) -> str:
@@ -113,9 +143,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--reason", default="", help="for the journal")
     command = commands.add_parser("reap", help="list what nothing needs any more; with --yes, remove it")
     command.add_argument("--yes", action="store_true")
-    command = commands.add_parser("approve", help="let a release into production, in a person's name")
-    command.add_argument("release")
-    command.add_argument("--reviewer", required=True)
+    for verb, means in (("approve", "let a release in"), ("decline", "keep a release out")):
+        command = commands.add_parser(verb, help=f"{means}, in a person's name; a run that waits goes on")
+        command.add_argument("release")
+        command.add_argument("--reviewer", required=True)
+        command.add_argument("--note", default="")
+        command.add_argument("--environment", choices=ENVIRONMENTS, default="production")
+    for verb, means in (("promote", "give all traffic to"), ("withdraw", "remove")):
+        command = commands.add_parser(verb, help=f"{means} a candidate for which the evidence is too little")
+        command.add_argument("release")
+        command.add_argument("--reviewer", required=True)
+        command.add_argument("--note", default="")
+        command.add_argument("--environment", choices=ENVIRONMENTS, default="production")
     command = commands.add_parser("enable", help="build a project from a git repository, or from another one")
     command.add_argument("name")
     command.add_argument("repository", help="a path or URL that git reads with no password in it")

@@ -11,14 +11,15 @@ from typing import NamedTuple
 from perennial import parity, source
 from perennial.approvals import Request, moment
 from perennial.errors import PerennialError
-from perennial.journal import Decision, Journal
+from perennial.journal import Decision, Journal, Kind
 from perennial.store import Store
-from perennial.values import Dataset, GateReport, Metric, Release, Source, Verdict
+from perennial.values import Dataset, GateReport, JsonObject, Metric, Release, Source, Verdict
 
 _COMMITS_SHOWN = 15
 _NAMES_SHOWN = 20
+_WORDS_SHOWN = 300  # characters of a text of others
 _PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;\\]+)", re.MULTILINE)
-_MARKS = {Verdict.PASS: "✓ pass", Verdict.FAIL: "✗ fail"}
+_MARKS = {Verdict.PASS: "✓", Verdict.FAIL: "✗ fail"}
 
 
 class Material(NamedTuple):
@@ -34,7 +35,7 @@ def gather(journal: Journal, store: Store, release: Release, asked: Request) -> 
     """All that the page says, read now. What cannot be read is left out: it must not stop the question."""
     active_id = journal.active(asked.project, asked.environment)
     active = journal.release(active_id) if active_id else None
-    kinds = ("promoted", "withdrawn", "asked")
+    kinds: tuple[Kind, ...] = ("promoted", "withdrawn", "asked")
     tested = [
         decision
         for decision in journal.decisions(asked.project, "test", kinds)
@@ -48,15 +49,16 @@ def gather(journal: Journal, store: Store, release: Release, asked: Request) -> 
 def page(asked: Request, release: Release, material: Material) -> str:
     """Markdown."""
     sections = [
-        [f"# {release.release_id} for {asked.environment}?"],
+        [f"## {release.release_id} for {asked.environment}?"],
         _question(asked, material),
-        [f"## Gates: {release.gates.summary if not release.gates.passed else 'all passed'}"],
-        _gates(release.gates),
-        ["## What the test environment said"],
-        _tested(release, material.tested),
-        *_differences(asked, release, material),
-        ["## Metrics"],
+        [f"### Gates: {'all passed' if release.gates.passed else release.gates.summary}"],
+        _gates(release.gates, release.evaluation.champion),
+        ["### Metrics"],
         _metrics(release, material.active),
+        ["### What the test environment said"],
+        _tested(release, material.tested),
+        [f"### What {'would change' if material.active else 'it is made of'}"],
+        _differences(release, material),
     ]
     return "\n\n".join("\n".join(section) for section in sections if section)
 
@@ -73,28 +75,33 @@ def _question(asked: Request, material: Material) -> list[str]:
     ]
 
 
-def _gates(gates: GateReport) -> list[str]:
+def _gates(gates: GateReport, champion: str | None) -> list[str]:
+    # Short names, few words before the figures: the form in the Prefect UI is narrow, and its tables scroll.
     rows = [
         [
             _MARKS.get(gate.verdict, f"? {gate.verdict.value}"),
-            gate.name,
+            _text(gate.name.replace(champion, "champion") if champion else gate.name),
             _number(gate.measured),
             _number(gate.threshold),
-            gate.reason,
+            _text(gate.reason),
         ]
         for gate in gates.gates
     ]
-    return _table(["verdict", "gate", "measured", "threshold", "reason"], rows)
+    return _table(["", "gate", "measured", "threshold", "reason"], rows)
 
 
 def _tested(release: Release, tested: Sequence[Decision]) -> list[str]:
     if not tested:
         return ["It was **never deployed to test**."]
     last = tested[-1]
-    said = [f"- **{last.kind}** on {moment(last.at)}" + _because(last.payload.get("reason"))]
-    verdict = last.payload.get("verdict")
-    if isinstance(verdict, dict) and verdict.get("verdict"):
+    said = [f"- **{last.kind}** on {moment(last.at)}{_because(last.payload.get('reason'))}"]
+    verdicts = [decision.payload.get("verdict") or {} for decision in tested]
+    # A way back, or a first release, has nothing to be compared with: that says nothing new.
+    verdict: JsonObject = next((v for v in reversed(verdicts) if v.get("compared")), verdicts[-1])
+    if verdict.get("compared"):
         said.append(f"- canary verdict: **{_text(verdict['verdict'])}**{_because(verdict.get('reason'))}")
+    else:
+        said.append(f"- canary verdict: none{_because(verdict.get('reason'))}")
     if last.kind == "promoted":
         tolerance = parity.tolerance_of(release)
         said.append(
@@ -103,56 +110,57 @@ def _tested(release: Release, tested: Sequence[Decision]) -> list[str]:
         )
     if release.serving is not None:
         said.append(f"- as built: {_text(release.serving.parity)}")
+    measures = [row for row in verdict.get("measures", ()) if isinstance(row, dict)]
+    if measures:
+        rows = [[_figure(value) for value in row.values()] for row in measures]
+        said += ["", *_table([_text(name) for name in measures[0]], rows)]
     return said
 
 
-def _differences(asked: Request, release: Release, material: Material) -> list[list[str]]:
-    """What would change, against what serves now; alone, what comes first."""
-    active = material.active
+def _differences(release: Release, material: Material) -> list[str]:
+    """What would change, against what serves now; of a first release, what it is made of."""
+    active, new = material.active, _facts(release)
     if active is None:
-        rows = [[name, new] for name, new in _facts(release).items()]
-        return [["## What it is made of"], _table(["", release.release_id], rows)]
-    now, new = _facts(active), _facts(release)
-    rows = [[_differs(now[name], new[name], name), now[name], new[name]] for name in new]
-    sections = [["## What would change"], _table(["", f"now: {active.release_id}", release.release_id], rows)]
-    notes = _code_notes(active, release, material.commits)
-    notes += _column_notes(active.dataset, release.dataset)
-    notes += _lock_notes(active, release, material.pins)
-    return [*sections, notes]
+        return [f"- {name}: {fact}" for name, fact in new.items()]
+    old = _facts(active)
+    changes = [f"- **{name}**: {old[name]} → {new[name]}" for name in new if old[name] != new[name]]
+    same = [f"{name} ({new[name]})" for name in new if old[name] == new[name]]
+    return [
+        *_code(active, release, material.commits),
+        *changes,
+        *_columns(active.dataset, release.dataset),
+        *_environment(active, release, material.pins),
+        *([f"- the same: {', '.join(same)}"] if same else []),
+    ]
 
 
 def _facts(release: Release) -> dict[str, str]:
     data, form = release.dataset, release.serving
+    served = "compiled" if form and form.path == "compiled" else "as it was trained"
     return {
-        "code": f"`{release.source.git_sha[:12]}`",
         "data": f"{data.rows:,} rows, fingerprint `{data.fingerprint[:12]}`",
         "known on": str(data.as_of),
         "time span": f"{_day(data.first_time)} … {_day(data.last_time)}",
-        "columns": str(len(data.columns)),
-        "environment": f"lock `{release.environment.fingerprint[:12]}`, Python {release.environment.python}",
-        "served": ("compiled" if form and form.path == "compiled" else "as it was trained")
-        + (", batched" if form and form.batching else ""),
-        "tests": f"{release.tests.passed} passed",
+        "served": served + (", batched" if form and form.batching else ""),
+        "its own tests": f"{release.tests.passed} passed",
     }
 
 
-def _differs(now: str, new: str, name: str) -> str:
-    return name if now == new else f"**{name}**"
-
-
-def _code_notes(active: Release, release: Release, commits: Sequence[str] | None) -> list[str]:
-    if active.source.git_sha == release.source.git_sha:
-        return ["- code: the same commit"]
+def _code(active: Release, release: Release, commits: Sequence[str] | None) -> list[str]:
+    old, new = active.source.git_sha, release.source.git_sha
+    if old == new:
+        return [f"- code: the same commit, `{new[:12]}`"]
+    line = f"- **code**: `{old[:12]}` → `{new[:12]}`"
     if commits is None:
-        return ["- code: another commit; what lies between could not be read from the repository"]
+        return [f"{line}; what lies between could not be read from the repository"]
     if not commits:
-        return ["- code: **goes back** to a commit that what serves now is built on"]
+        return [f"{line}, which **goes back**: what serves now is built on it"]
     shown = [f"    - {_text(subject)}" for subject in commits[:_COMMITS_SHOWN]]
     more = [f"    - … and {len(commits) - _COMMITS_SHOWN} more"] if len(commits) > _COMMITS_SHOWN else []
-    return [f"- code: {len(commits)} new commit{'s' * (len(commits) > 1)}", *shown, *more]
+    return [f"{line}, {len(commits)} new commit{'s' * (len(commits) > 1)}", *shown, *more]
 
 
-def _column_notes(old: Dataset, new: Dataset) -> list[str]:
+def _columns(old: Dataset, new: Dataset) -> list[str]:
     before = {column.name: column.type for column in old.columns}
     after = {column.name: column.type for column in new.columns}
     changes = {
@@ -160,12 +168,11 @@ def _column_notes(old: Dataset, new: Dataset) -> list[str]:
         "removed": [name for name in before if name not in after],
         "of another type": [name for name in after if name in before and before[name] != after[name]],
     }
-    said = "; ".join(f"**{what}** {_names(names)}" for what, names in changes.items() if names)
-    rows = new.rows - old.rows
-    return [f"- data: {rows:+,} rows; columns " + (said or "are the same")]
+    said = "; ".join(f"{what} {_names(names)}" for what, names in changes.items() if names)
+    return [f"- **columns**: {said}" if said else f"- columns: the same {len(after)}"]
 
 
-def _lock_notes(active: Release, release: Release, pins: Sequence[str] | None) -> list[str]:
+def _environment(active: Release, release: Release, pins: Sequence[str] | None) -> list[str]:
     old, new = active.environment, release.environment
     if old.fingerprint == new.fingerprint:
         return ["- environment: the same lock"]
@@ -174,33 +181,30 @@ def _lock_notes(active: Release, release: Release, pins: Sequence[str] | None) -
         said.append(f"other pins: {_names(pins)}" if pins else "another lock")
     if old.serving.sha256 != new.serving.sha256:
         said.append("another version of the server")
-    return [f"- environment: {'; '.join(said) or 'another Python'}"]
+    if old.python != new.python:
+        said.append(f"Python {old.python} → {new.python}")
+    return [f"- **environment**: {'; '.join(said)}"]
 
 
 def _metrics(release: Release, active: Release | None) -> list[str]:
-    overall = [metric for metric in release.evaluation.metrics if not metric.slice]
-    if active is None:
-        rows = [[m.name, _interval(m), f"{m.rows:,}", str(m.clusters)] for m in overall]
-        return _table(["metric", "value, 95 % interval", "rows", "days"], rows)
-    evaluation = release.evaluation
-    paired = evaluation.champion == active.release_id
-    differences = {m.name: m for m in evaluation.champion_differences if paired and not m.slice}
-    rows = [
-        [
-            metric.name,
-            _interval(active.evaluation.metric(metric.name)),
-            _interval(metric),
-            _interval(differences.get(metric.name), sign=True),
-        ]
-        for metric in overall
-    ]
-    head = ["metric", "now", "new", "difference on the same rows (more is better)"]
-    why = (
-        ""
-        if paired
-        else f", and it was compared with {f'`{evaluation.champion}`' if evaluation.champion else 'nothing'}"
-    )
-    return [*_table(head, rows), "", f"Each in its own newest days, with 95 % intervals{why}."]
+    champion = release.evaluation.champion
+    differences = {m.name: m for m in release.evaluation.champion_differences if not m.slice}
+    rows: list[list[str]] = []
+    for metric in release.evaluation.metrics:
+        if metric.slice:
+            continue
+        if active is not None:
+            rows.append([f"{metric.name}, now", *_measured(active.evaluation.metric(metric.name))])
+        rows.append([f"{metric.name}, new", *_measured(metric)])
+        if metric.name in differences:
+            rows.append(["better by", *_measured(differences[metric.name], sign=True)])
+    notes = ["Each on its own newest days, with 95 % intervals."] if active is not None else []
+    if champion is not None and differences:
+        against = "what serves now" if active and champion == active.release_id else f"`{champion}`"
+        notes.append(f"*Better by* is against {against}, on the same rows, with one-sided 95 % bounds.")
+    elif active is not None:
+        notes.append("They were never compared on the same rows.")
+    return [*_table(["metric", "value", "interval"], rows), "", " ".join(notes)]
 
 
 def _commits(old: Source, new: Source) -> list[str] | None:
@@ -229,7 +233,7 @@ def _pins(store: Store, old: Release, new: Release) -> list[str] | None:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines]
+    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def _names(names: Sequence[str]) -> str:
@@ -237,21 +241,25 @@ def _names(names: Sequence[str]) -> str:
     return shown + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
 
 
-def _interval(metric: Metric | None, *, sign: bool = False) -> str:
+def _measured(metric: Metric | None, *, sign: bool = False) -> list[str]:
+    """A metric's value and its interval."""
     if metric is None or metric.value is None:
-        return "not measured"
-    value = f"{metric.value:+.4f}" if sign else f"{metric.value:.4f}"
-    if metric.low is None or metric.high is None:
-        return value
-    return (
-        f"{value} ({metric.low:+.4f} … {metric.high:+.4f})"
-        if sign
-        else (f"{value} ({metric.low:.4f} … {metric.high:.4f})")
+        return ["not measured", ""]
+    plus = "+" if sign else ""
+    interval = (
+        ""
+        if metric.low is None or metric.high is None
+        else (f"{metric.low:{plus}.4f} … {metric.high:{plus}.4f}")
     )
+    return [f"{metric.value:{plus}.4f}", interval]
 
 
 def _number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4g}"
+
+
+def _figure(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else _text("" if value is None else value)
 
 
 def _day(at: datetime | None) -> str:
@@ -264,8 +272,4 @@ def _because(reason: object) -> str:
 
 def _text(words: object) -> str:
     """Words of others, as text: never as Markdown or HTML."""
-    return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", " ".join(str(words).split()))[:300]
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return re.sub(r"([\\`*\[\]<>|]|\b_|_\b)", r"\\\1", " ".join(str(words).split())[:_WORDS_SHOWN])

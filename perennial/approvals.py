@@ -7,6 +7,7 @@ Whatever is clicked, retried or resumed elsewhere comes down to one row here, `a
 from __future__ import annotations
 
 import json
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ POLICY = "policy: auto"  # the reviewer of a release whose project asks nobody
 # For as long after its end Prefect keeps a request, so that a late answer is told why it does not count.
 GRACE = timedelta(hours=1)
 _PREFECT_TIMEOUT_SECONDS = 20.0
+_PREFECT_ATTEMPTS = 5
 
 
 class Request(Value):
@@ -108,11 +110,11 @@ def answer(
             "the release that the reviewer was shown",
             _ask_again(asked),
         )
-    if asked.expires_at < datetime.now(UTC):
-        raise ReleaseError(*_expired(asked))
     since = _reviews_since(journal, asked)
     declined = any(d.kind == "declined" and d.payload.get("run") == asked.run for d in since)
-    if not since or (said == "decline" and not declined):
+    if not since or (said == "decline" and not declined and since[-1].kind == "approved"):
+        if asked.expires_at < datetime.now(UTC):
+            raise ReleaseError(*_expired(asked))
         review(journal, release, asked.environment, said, reviewer, note, asked.run)
     last = _reviews_since(journal, asked)[-1]
     return Review(
@@ -197,12 +199,16 @@ def _end(settings: Settings, asked: Request) -> bool:
 
 def _prefect(settings: Settings, path: str, body: object = None) -> dict[str, Any]:
     """What the Prefect server answers; nothing when it is away or refuses."""
-    answered = probe(
-        f"{settings.prefect_url}/api/{path}",
-        data=None if body is None else json.dumps(body).encode(),
-        headers={"content-type": "application/json"},
-        timeout_seconds=_PREFECT_TIMEOUT_SECONDS,
-    )
+    for attempt in range(_PREFECT_ATTEMPTS):
+        answered = probe(
+            f"{settings.prefect_url}/api/{path}",
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"content-type": "application/json"},
+            timeout_seconds=_PREFECT_TIMEOUT_SECONDS,
+        )
+        if answered is None or answered.status < 500:  # above: its database is busy
+            break
+        time.sleep(0.5 * 2**attempt)
     found = answered.json() if answered is not None and answered.status < 300 else {}
     return found if isinstance(found, dict) else {}
 

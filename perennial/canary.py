@@ -14,20 +14,22 @@ from itertools import chain, pairwise
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
-from scipy import stats
+from scipy.special import betaincinv
 
-from perennial.compared import Compared, Measure
+from perennial.compared import Compared, Group, Measure
 from perennial.evidence import Bet, OddsEvidence, RateEvidence, mean
 from perennial.values import Value
 
 Count = Annotated[int, Field(ge=0)]
+Outcome = Literal["promote", "withdraw", "insufficient evidence"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 # The withdrawing measures' shares of what may be lost on good candidates; failures come first.
 _ERRORS_SHARE = 0.85
 
+# (odds, weight) of the bets; the odds are relative to those of the hypothesis.
 _ERRORS = ((1.5, 0.05), (2.0, 0.05), (3.0, 0.15), (5.0, 0.3), (10.0, 0.35), (30.0, 0.1))
-_SLOW = ((1.5, 0.2), (2.0, 0.2), (3.0, 0.2), (10.0, 0.2), (30.0, 0.2))
+_MORE_OFTEN = ((1.5, 0.2), (2.0, 0.2), (3.0, 0.2), (10.0, 0.2), (30.0, 0.2))
 _SHIFTED = ((1.5, 0.34), (5.0, 0.33), (15.0, 0.33))
 _NO_WORSE = ((0.25, 0.1), (0.5, 0.2), (0.7, 0.2), (1.0, 0.5))
 
@@ -87,6 +89,11 @@ class Look(Value):
     rescued: Count = 0  # requests that were answered well by a retry
 
     @property
+    def failed_again(self) -> int:
+        """Retries that failed as well, of either release."""
+        return max(self.retries - self.rescued, 0)
+
+    @property
     def first_errors(self) -> tuple[int, int, int, int]:
         """(failed, of) in the candidate, (failed, of) in the active release, of first tries as far as known.
 
@@ -94,9 +101,8 @@ class Look(Value):
         second, the candidate mostly. Where it is not known whose a retry was, it speaks for the candidate.
         """
         candidate, active = self.candidate, self.active
-        failed_again = max(self.retries - self.rescued, 0)
         return (
-            max(candidate.errors - failed_again, 0),
+            max(candidate.errors - self.failed_again, 0),
             candidate.requests,
             active.errors,
             max(active.requests - self.rescued, active.errors),
@@ -121,7 +127,7 @@ class Baseline(Value):
 
 
 class CanaryVerdict(Value):
-    verdict: Literal["promote", "withdraw", "insufficient evidence"]
+    verdict: Outcome
     reason: str
     evidence: tuple[Measure, ...]
 
@@ -136,9 +142,12 @@ class Canary:
         self._baseline = baseline
         self._policy = policy or Policy()
         self._errors = Compared("errors", _bets(_ERRORS), most_per_look=math.inf)
-        self._groups = [[self._errors], *_others(baseline, self._policy)]
-        others = len(self._groups) - 1
-        self._shares = [_ERRORS_SHARE if others else 1.0, *[(1 - _ERRORS_SHARE) / max(others, 1)] * others]
+        others = _others(baseline, self._policy)
+        errors_share = _ERRORS_SHARE if others else 1.0
+        self._others = [
+            Group(name, parts, (1.0 - errors_share) / len(others)) for name, parts in others.items()
+        ]
+        self._groups = [Group("errors", [self._errors], errors_share), *self._others]
         self._no_worse = _NoWorse(baseline, self._policy)
         self._withdrawn: CanaryVerdict | None = None
 
@@ -162,76 +171,66 @@ class Canary:
                 if counts and len(counts) != wanted:
                     raise ValueError(f"{len(counts)} counts where the baseline has {wanted}: {arm!r}")
         self._errors.look(*look.first_errors)
-        for compared, (failed, asked), (active_failed, active_asked) in zip(
-            chain.from_iterable(self._groups[1:]),
+        for part, theirs, ours in zip(
+            chain.from_iterable(group.parts for group in self._others),
             _outcomes(candidate, self._baseline),
             _outcomes(active, self._baseline),
             strict=True,
         ):
-            compared.look(failed, asked, active_failed, active_asked)
-        self._no_worse.look(candidate, active)
+            part.look(*theirs, *ours)
+        self._no_worse.look(look)
 
     def _verdict(self) -> CanaryVerdict:
-        capitals = [mean([compared.capital for compared in group]) for group in self._groups]
-        strongest = [max(group, key=lambda compared: compared.capital) for group in self._groups]
-        against = sum(share * capital for share, capital in zip(self._shares, capitals, strict=True))
-        at, needed = self._policy.withdraw_at, self._policy.promote_at
-        rows = [
-            compared.row(capital, at / share)
-            for compared, capital, share in zip(strongest, capitals, self._shares, strict=True)
-        ]
-        rows.append(self._errors.row(against, at).model_copy(update={"name": "all of these together"}))
-        rows.append(self._no_worse.row(needed))
+        verdict, reason = self._decided()
+        enough = self._policy.withdraw_at
+        together = self._errors.row(self._against, enough).model_copy(
+            update={"name": "all of these together"}
+        )
+        rows = [*(group.row(enough) for group in self._groups), together]
+        rows.append(self._no_worse.row(self._policy.promote_at))
+        return CanaryVerdict(verdict=verdict, reason=reason, evidence=tuple(rows))
 
-        def verdict(
-            said: Literal["promote", "withdraw", "insufficient evidence"], reason: str
-        ) -> CanaryVerdict:
-            return CanaryVerdict(verdict=said, reason=reason, evidence=tuple(rows))
+    @property
+    def _against(self) -> float:
+        return math.fsum(group.capital for group in self._groups)
 
-        if against >= at:
-            worst = max(range(len(rows) - 2), key=lambda i: self._shares[i] * capitals[i])
-            reason = f"{strongest[worst].told}; the evidence is {against:.3g}, {at:g} suffices"
-            return verdict("withdraw", reason)
+    def _decided(self) -> tuple[Outcome, str]:
+        against, enough = self._against, self._policy.withdraw_at
+        for_it, needed = self._no_worse.capital, self._policy.promote_at
+        worst = max(self._groups, key=lambda group: group.capital).strongest.told
+        if against >= enough:
+            return "withdraw", f"{worst}; the evidence is {against:.3g}, {enough:g} suffices"
         if not self._no_worse.asked:
-            return verdict("insufficient evidence", "no user has asked the candidate for a prediction yet")
-        if missing := [group[0].name for group in self._groups[1:] if not _is_measured(group)]:
+            return "insufficient evidence", "no user has asked the candidate for a prediction yet"
+        if missing := [group.name for group in self._others if not group.is_measured]:
             reason = f"not measured in both releases, so not judged: {', '.join(missing)}"
-            return verdict("insufficient evidence", reason)
-        for_it = self._no_worse.capital
+            return "insufficient evidence", reason
         if for_it < needed:
-            reason = f"{self._errors.told}; the evidence for it is {for_it:.3g}, {needed:g} is needed: wait"
-            return verdict("insufficient evidence", reason)
-        if against >= at**0.5:
-            worst = max(range(len(rows) - 2), key=lambda i: self._shares[i] * capitals[i])
-            reason = f"{strongest[worst].told}; that is suspicious (evidence {against:.3g} of {at:g}): wait"
-            return verdict("insufficient evidence", reason)
-        return verdict(
-            "promote", f"{self._errors.told}; the evidence for it is {for_it:.3g}, {needed:g} suffices"
-        )
+            reason = f"{self._errors.told}; the evidence for it is {for_it:.3g}, {needed:g} is needed"
+            return "insufficient evidence", reason
+        if against >= math.sqrt(enough):
+            reason = f"{worst}; that is suspicious, with evidence of {against:.3g} where {enough:g} suffices"
+            return "insufficient evidence", reason
+        return "promote", f"{self._errors.told}; the evidence for it is {for_it:.3g}, {needed:g} suffices"
 
 
-def _others(baseline: Baseline, policy: Policy) -> list[list[Compared]]:
+def _others(baseline: Baseline, policy: Policy) -> dict[str, list[Compared]]:
     """What is compared besides errors, in the order of `_outcomes`."""
-    groups = []
+    groups = {}
     if baseline.latency_seconds:
-        tolerance = policy.latency_tolerance
-        groups.append([Compared("refused requests", _bets(_SLOW, tolerance), _MOST_PER_LOOK)])
-        groups.append(
-            [
-                Compared(f"slower than {at:g} s", _bets(_SLOW, tolerance), _MOST_PER_LOOK)
-                for at in baseline.latency_seconds
-            ]
-        )
+        bets = _bets(_MORE_OFTEN, policy.latency_tolerance)
+        groups["refused requests"] = [Compared("refused requests", bets, _MOST_PER_LOOK)]
+        groups["latency"] = [
+            Compared(f"slower than {at:g} s", bets, _MOST_PER_LOOK) for at in baseline.latency_seconds
+        ]
     if baseline.prediction_edges:
-        tolerance = policy.prediction_tolerance
-        more = [Bet(tolerance, tolerance * odds, weight / 2) for odds, weight in _SHIFTED]
+        more = [
+            Bet(bet.null, bet.odds, bet.weight / 2) for bet in _bets(_SHIFTED, policy.prediction_tolerance)
+        ]
         fewer = [Bet(1 / bet.null, 1 / bet.odds, bet.weight) for bet in more]
-        groups.append(
-            [
-                Compared(name, (*more, *fewer), _MOST_PER_LOOK)
-                for name in _bin_names(baseline.prediction_edges)
-            ]
-        )
+        groups["predictions"] = [
+            Compared(name, (*more, *fewer), _MOST_PER_LOOK) for name in _bin_names(baseline.prediction_edges)
+        ]
     return groups
 
 
@@ -248,10 +247,6 @@ def _outcomes(arm: Arm, baseline: Baseline) -> list[tuple[int, int]]:
     return outcomes
 
 
-def _is_measured(group: Sequence[Compared]) -> bool:
-    return all(all(compared.asked) for compared in group)
-
-
 def _bets(bets: Sequence[tuple[float, float]], null: float = 1.0) -> list[Bet]:
     return [Bet(null, null * odds, weight) for odds, weight in bets]
 
@@ -265,7 +260,8 @@ def _bin_names(edges: Sequence[float]) -> list[str]:
 class _NoWorse:
     """The evidence against "it fails clearly more": than the active release now, *and* than it used to.
 
-    Without any failure the first of the two says nothing, while everything fails the second says nothing.
+    Without any failure the first of the two says nothing, and in an outage neither does: what the candidate
+    does wrong in usual times is not seen beside what goes wrong anyway.
     """
 
     def __init__(self, baseline: Baseline, policy: Policy) -> None:
@@ -274,16 +270,25 @@ class _NoWorse:
         odds = max(policy.odds, 1 + policy.margin / high)
         self._beside = OddsEvidence([Bet(odds, *bet) for bet in _NO_WORSE], restarts=False)
         self._past = RateEvidence(low + policy.margin)
+        self._usual = min(high + policy.margin, 1.0)
         self._failed = self._active_failed = self._active_asked = self.asked = 0
 
-    def look(self, candidate: Arm, active: Arm) -> None:
+    def look(self, look: Look) -> None:
+        candidate, active = look.candidate, look.active
         asked, active_asked = (arm.answered + arm.errors for arm in (candidate, active))
-        self._beside.look(candidate.errors, asked, active.errors, active_asked)
+        if not self._is_outage(look):
+            self._beside.look(candidate.errors, asked, active.errors, active_asked)
         self._past.look(candidate.errors, asked)
         self._failed += candidate.errors
         self.asked += asked
         self._active_failed += active.errors
         self._active_asked += active_asked
+
+    def _is_outage(self, look: Look) -> bool:
+        """Whether far more fails than usual. By the total alone, given which the comparison is fair."""
+        failed = look.candidate.errors + look.active.errors - look.failed_again
+        usual = self._usual * (look.candidate.requests + look.active.requests - look.retries)
+        return failed > usual + 4 * math.sqrt(max(usual, 0.0)) + 4
 
     @property
     def capital(self) -> float:
@@ -302,6 +307,6 @@ class _NoWorse:
 
 def _interval(failed: int, asked: int) -> tuple[float, float]:
     """Clopper and Pearson's, one-sided on either side; all is possible after no request."""
-    low = float(stats.beta.ppf(1 - _CONFIDENCE, failed, asked - failed + 1)) if failed else 0.0
-    high = float(stats.beta.ppf(_CONFIDENCE, failed + 1, asked - failed)) if failed < asked else 1.0
+    low = float(betaincinv(failed, asked - failed + 1, 1 - _CONFIDENCE)) if failed else 0.0
+    high = float(betaincinv(failed + 1, asked - failed, _CONFIDENCE)) if failed < asked else 1.0
     return low, high

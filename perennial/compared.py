@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from perennial.evidence import Bet, OddsEvidence
+from perennial.evidence import Bet, OddsEvidence, mean
 from perennial.values import Value
 
 
@@ -44,8 +44,8 @@ class Compared:
     def told(self) -> str:
         failed, asked, active_failed, active_asked = self._counts
         return (
-            f"{self.name}: {failed} of {asked} requests{_percent(failed, asked)}, in the active release "
-            f"{active_failed} of {active_asked}{_percent(active_failed, active_asked)}"
+            f"{self.name}: {failed} of {asked} requests{_share_of(failed, asked)}, in the active release "
+            f"{active_failed} of {active_asked}{_share_of(active_failed, active_asked)}"
         )
 
     def row(self, evidence: float, threshold: float) -> Measure:
@@ -60,5 +60,35 @@ class Compared:
         )
 
 
-def _percent(part: int, whole: int) -> str:
-    return f" ({part / whole:.3g})".replace("(", "(share ") if whole else ""
+class Group:
+    """What is compared in several parts, such as latency at several thresholds: the evidence is their mean.
+
+    `share`: the part of what may be lost on good candidates that this group may lose.
+    """
+
+    def __init__(self, name: str, parts: Sequence[Compared], share: float) -> None:
+        self.name = name
+        self.parts = tuple(parts)
+        self._share = share
+
+    @property
+    def capital(self) -> float:
+        """The group's part of the capital of all."""
+        return self._share * mean([part.capital for part in self.parts])
+
+    @property
+    def strongest(self) -> Compared:
+        return max(self.parts, key=lambda part: part.capital)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether both releases have been asked, in every part."""
+        return all(all(part.asked) for part in self.parts)
+
+    def row(self, enough: float) -> Measure:
+        """`enough`: the capital of all at which a candidate is withdrawn."""
+        return self.strongest.row(self.capital / self._share, enough / self._share)
+
+
+def _share_of(part: int, whole: int) -> str:
+    return f" ({part / whole:.2%})" if whole else ""

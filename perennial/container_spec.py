@@ -55,7 +55,8 @@ def container(instance: Instance, host: str, port: int, root: Path) -> JsonObjec
             "MemorySwap": instance.memory_mb << 20,  # as much as memory: no swap
             "NanoCpus": round(instance.cpus * 1e9),
             "Init": True,
-            "RestartPolicy": {"Name": "unless-stopped"},
+            # `unless-stopped` would leave down what ran when the engine was killed.
+            "RestartPolicy": {"Name": "always"},
             "LogConfig": {"Type": "json-file", "Config": {"max-size": "10m", "max-file": "3"}},
         },
     }

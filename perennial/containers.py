@@ -31,8 +31,9 @@ _STATES = {"running": "RUNNING", "restarting": "BACKOFF", "exited": "EXITED", "d
 class DockerTarget:
     """A container per instance, whose labels say all there is to know of it.
 
-    The engine starts again what dies; what somebody stopped, `docker kill` too, waits for the next `start`.
-    Every method raises InstallationError when the engine is away.
+    The engine starts again what dies, and all of it when it is started itself. What somebody ended, `docker
+    kill` too, otherwise waits for `revive` or the next `start`. Every method raises InstallationError when
+    the engine is away.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -79,6 +80,19 @@ class DockerTarget:
                 return self._tail(engine_, name)
 
             await_ready(endpoint, timeout_seconds, death, tail, f"docker logs {self._container(name)}")
+
+    def revive(self, name: str) -> None:
+        """Raises RolloutError when the engine cannot start it."""
+        with self._locked(), self._engine() as engine_:
+            found = self._inspect(engine_, name)
+            if found is None or (found["State"]["Running"] and not found["State"]["Paused"]):
+                return
+            if found["State"]["Paused"]:
+                engine_.api.unpause(found["Id"])
+            elif trouble := engine.start(engine_, found["Id"]):
+                raise RolloutError(
+                    f"{name} does not start: {trouble}", "a container that stays", "run the deploy again"
+                )
 
     def stop(self, name: str, drain_seconds: float = 30.0) -> None:
         with self._engine() as engine_:

@@ -46,7 +46,9 @@ class OddsEvidence:
     ) -> None:
         """The weights sum to 1. `most_per_look`: what one look may at most multiply the capital by."""
         null, odds, weight = np.array(bets, dtype=np.float64).T
-        self._logs = np.log(np.concatenate([odds, null]))
+        self._logs, places = np.unique(np.log([odds, null]), return_inverse=True)
+        self._odds, self._null = places.reshape(2, -1)
+        self._gain_per_failure = self._logs[self._odds] - self._logs[self._null]
         self._weight = weight
         self._reserve = _RESERVE if restarts else 0.0
         self._most = math.log(most_per_look)
@@ -61,9 +63,8 @@ class OddsEvidence:
             moved = self._reserve * _PART_PER_LOOK
             self._reserve -= moved
             self._capital = np.logaddexp(self._capital, np.log(moved * self._weight))
-        odds, null = np.split(self._logs, 2)
-        scale_odds, scale_null = np.split(_log_scale(asked, active_asked, total, self._logs), 2)
-        gain = failed * (odds - null) - (scale_odds - scale_null)
+        scale = _log_scale(asked, active_asked, total, self._logs)
+        gain = failed * self._gain_per_failure - (scale[self._odds] - scale[self._null])
         self._capital = self._capital + np.minimum(gain, self._most)
 
     @property
@@ -107,7 +108,7 @@ def _log_scale(asked: int, active_asked: int, total: int, log_odds: Floats) -> F
         - gammaln(total - x + 1)
         - gammaln(active_asked - total + x + 1)
     )
-    terms = np.outer(log_odds, x) + ways
+    terms = log_odds[:, None] * x + ways
     highest = terms.max(axis=1)
     scale: Floats = highest + np.log(np.exp(terms - highest[:, None]).sum(axis=1))
     return scale

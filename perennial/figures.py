@@ -43,8 +43,9 @@ class Counters(Value):
     errors: Count = 0  # of them failed
     retries: Count = 0  # of the whole service: tries that were not a request's first
     rescued: Count = 0  # of the whole service: requests that a retry answered well
+    told: bool = False  # whether the service said what follows
     # Prediction requests that the service answered in at most so many seconds each, and longer than the bound
-    # before; the last bucket is of those beyond all bounds. Without buckets, it did not say.
+    # before; the last bucket is of those beyond all bounds. Without any request there are no buckets.
     bounds_seconds: tuple[float, ...] = ()
     buckets: tuple[Count, ...] = ()
     refused: Count = 0  # of those, with a 4xx
@@ -81,11 +82,12 @@ def difference(before: Counters, after: Counters) -> Counters:
     requests, errors = _grown((before.requests, before.errors), (after.requests, after.errors))
     retries, rescued = _grown((before.retries, before.rescued), (after.retries, after.rescued))
     between = Counters(requests=requests, errors=errors, retries=retries, rescued=rescued)
-    if not before.buckets or before.bounds_seconds != after.bounds_seconds:
+    if not (before.told and after.told):
         return between
-    refused, *buckets = _grown((before.refused, *before.buckets), (after.refused, *after.buckets))
+    past = before.buckets or (0,) * len(after.buckets)
+    refused, *buckets = _grown((before.refused, *past), (after.refused, *after.buckets))
     service = {"bounds_seconds": after.bounds_seconds, "buckets": tuple(buckets), "refused": refused}
-    return between.model_copy(update=service)
+    return between.model_copy(update={"told": True, **service})
 
 
 def arm(
@@ -98,7 +100,7 @@ def arm(
     return Arm(
         requests=counted.requests,
         errors=counted.errors,
-        timed=timed if counted.buckets else None,
+        timed=timed if counted.told else None,
         refused=min(counted.refused, timed),
         slow=tuple(_slower(counted, bound) for bound in baseline.latency_seconds)
         if counted.buckets and known
@@ -176,7 +178,7 @@ def _slower(counters: Counters, bound: float) -> int:
 
 
 def _grown(before: Sequence[int], after: Sequence[int]) -> list[int]:
-    if any(new < old for old, new in zip(before, after, strict=True)):
+    if len(before) != len(after) or any(new < old for old, new in zip(before, after, strict=True)):
         return list(after)
     return [new - old for old, new in zip(before, after, strict=True)]
 
@@ -197,7 +199,8 @@ def _of_service(endpoint: Endpoint) -> JsonObject:
         return {}
     up_to: dict[float, int] = {}
     refused = 0
-    for name, label_text, value in _SAMPLE.findall(answer.body.decode(errors="replace")):
+    samples = _SAMPLE.findall(answer.body.decode(errors="replace"))
+    for name, label_text, value in samples:
         labels = dict(_LABEL.findall(label_text))
         if labels.get("route") not in PREDICTION_ROUTES:
             continue
@@ -206,11 +209,11 @@ def _of_service(endpoint: Endpoint) -> JsonObject:
         elif name == "perennial_requests_total":
             code = int(labels["code"])
             refused += int(float(value)) * (400 <= code < 500 and code not in _NOT_REFUSALS)
-    if not up_to:
-        return {}
-    counts = np.diff([up_to[bound] for bound in sorted(up_to)], prepend=0)
+    bounds = sorted(up_to)
+    counts = np.diff([up_to[bound] for bound in bounds], prepend=0)
     return {
-        "bounds_seconds": tuple(bound for bound in sorted(up_to) if math.isfinite(bound)),
+        "told": bool(samples),
+        "bounds_seconds": tuple(bound for bound in bounds if math.isfinite(bound)),
         "buckets": tuple(max(int(count), 0) for count in counts),
         "refused": refused,
     }

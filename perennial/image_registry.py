@@ -38,7 +38,7 @@ def ensure(engine: Engine, reference: str) -> None:
 
     Raises InstallationError when there is no such image.
     """
-    if find_image(engine, reference) is not None:
+    if reference and find_image(engine, reference) is not None:
         return
     if "@" not in reference:
         raise InstallationError(

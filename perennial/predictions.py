@@ -160,7 +160,7 @@ def recent(
     days = [f"{since.date() + timedelta(days=n)}" for n in range(-1, (datetime.now(UTC) - since).days + 2)]
     for day in days:
         for path in (spool / environment / project / day).glob(f"{release_id}-*.arrows"):
-            with suppress(FileNotFoundError):  # shipped this moment: then the store has it
+            with suppress(FileNotFoundError, PermissionError):  # shipped, or a container's: the store's turn
                 if path.stat().st_mtime >= since.timestamp():
                     found[path.name] = _answers(path.read_bytes())
     # Only now: what is no longer in the spool is in the store.
@@ -189,7 +189,7 @@ def shadow_differences(active: Recent, shadow: Recent, tolerance: float = 1e-9) 
     with np.errstate(invalid="ignore"):
         difference = np.abs(a - b)
         difference[(a == b) | (np.isnan(a) & np.isnan(b))] = 0.0  # infinities too
-        beyond = ~(difference <= tolerance * np.maximum(1.0, np.abs(a)))
+        beyond = ~(np.isfinite(difference) & (difference <= tolerance * np.fmax(1.0, np.abs(a))))
     measured = difference[np.isfinite(difference)]
     return ShadowDifferences(
         rows=len(keys),

@@ -7,6 +7,7 @@ journal says.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ from perennial import analysis, environments, leases, proof, reconcile, releases
 from perennial.analysis import Evidence
 from perennial.errors import PerennialError, ReleaseError, RolloutError
 from perennial.journal import Journal, Lease
+from perennial.probe import probe
 from perennial.service_state import Role, ServiceState, state_in
 from perennial.settings import Settings
 from perennial.store import Store
@@ -83,7 +85,9 @@ def start(
     instance = reconcile.running(target, environment).get(release.release_id)
     up = instance is not None and instance.state in UP_STATES
     if state.active == release.release_id and instance is not None and up:
-        return instance.endpoint  # users are on it: whatever has changed around it, it is not restarted
+        # Users are on it: whatever has changed around it, it is not restarted. It may be coming back by itself.
+        _wait_back(instance.endpoint, release.service.ready_timeout_seconds)
+        return instance.endpoint
     warm = up and state.roles(datetime.now(UTC)).get(release.release_id) is Role.WARM
     if state.active != release.release_id and not _begun(state, release, lease):
         journal.decide(
@@ -320,6 +324,16 @@ def _served_before(
             f"-p environment={environment}",
         )
     return release
+
+
+def _wait_back(endpoint: Endpoint, timeout_seconds: float) -> None:
+    """Until it is ready. One that does not come back is for the proof to explain."""
+    deadline = time.monotonic() + timeout_seconds
+    while time.monotonic() < deadline:
+        answer = probe(f"http://{endpoint.host}:{endpoint.port}/health/ready")
+        if answer is not None and answer.status == 200:
+            return
+        time.sleep(0.05)
 
 
 def _begun(state: ServiceState, release: Release, lease: Lease) -> bool:

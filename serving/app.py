@@ -274,7 +274,7 @@ class App:
                 self._failed(request, result)
             return None
         own[PREDICTIONS] += len(result)
-        self.log.append(job.rows, result, request.request_id, request.size)
+        self.log.append(job.rows, result, request.request_id, request.size, job.feeds)
         return result
 
     # conditions

@@ -1,7 +1,7 @@
-"""A column's Python values as the buffers of an Arrow array, in bulk.
+"""A column's values as the parts of an Arrow array, in bulk.
 
-An encoder takes the values and returns which of them are missing (a mask, or None for none) and the array's
-buffers after the validity. It raises TypeError, ValueError or OverflowError for a value of another type.
+An encoder takes Python values and returns a `Piece`. It raises TypeError, ValueError or OverflowError for a
+value of another type. Pieces of one column are joined, and `parts` makes the array's buffers of them.
 """
 
 from __future__ import annotations
@@ -9,17 +9,27 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import nanoarrow as na
 import numpy as np
 
+from serving.arrow_message import Part
 from serving.contract import Column
 
 Values = Sequence[Any]
-Missing = Any  # a numpy array of bool, or None
-Buffers = tuple[np.ndarray[Any, Any] | bytes, ...]
-Encoder = Callable[[Values], tuple[Missing, Buffers]]
+Array = np.ndarray[Any, Any]
+
+
+class Piece(NamedTuple):
+    """Some rows of a column: 64-bit or 32-bit numbers, booleans, or the bytes' lengths of `text`."""
+
+    missing: Array | None  # of bool, or None for none
+    values: Array
+    text: bytes | None = None  # of a column of strings: all of them, in UTF-8
+
+
+Encoder = Callable[[Values], Piece]
 
 
 def arrow_type(column: Column) -> Any:
@@ -30,7 +40,35 @@ def arrow_type(column: Column) -> Any:
     ]()
 
 
-def _filled(values: Values, kind: type, filler: object) -> tuple[Missing, Values]:
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """One piece of several, in their order."""
+    if len(pieces) == 1:
+        return pieces[0]
+    missing = None
+    if any(piece.missing is not None for piece in pieces):
+        missing = np.concatenate(
+            [np.zeros(len(p.values), bool) if p.missing is None else p.missing for p in pieces]
+        )
+    text = None if pieces[0].text is None else b"".join([piece.text or b"" for piece in pieces])
+    return Piece(missing, np.concatenate([piece.values for piece in pieces]), text)
+
+
+def parts(piece: Piece) -> tuple[int, list[Part]]:
+    """How many nulls, and the buffers of the array."""
+    nulls = 0 if piece.missing is None else int(np.count_nonzero(piece.missing))
+    validity: Part = (
+        np.packbits(~piece.missing, bitorder="little") if piece.missing is not None and nulls else b""
+    )
+    if piece.text is not None:
+        offsets = np.zeros(len(piece.values) + 1, np.int32)
+        np.cumsum(piece.values, out=offsets[1:])
+        return nulls, [validity, offsets, piece.text]
+    if piece.values.dtype == bool:
+        return nulls, [validity, np.packbits(piece.values, bitorder="little")]
+    return nulls, [validity, piece.values]
+
+
+def _filled(values: Values, kind: type, filler: object) -> tuple[Array | None, Values]:
     """Which values are None, and the values with `filler` instead. TypeError when one is not a `kind`."""
     kinds = set(map(type, values))
     if kinds <= {kind}:
@@ -41,50 +79,53 @@ def _filled(values: Values, kind: type, filler: object) -> tuple[Missing, Values
     return missing, [filler if value is None else value for value in values]
 
 
-def float64(values: Values) -> tuple[Missing, Buffers]:
+def float64(values: Values) -> Piece:
     array = np.array(values, np.float64)  # None becomes NaN
     missing = np.isnan(array)
-    return (missing if missing.any() else None), (array,)
+    return Piece(missing if missing.any() else None, array)
 
 
-def _int64(values: Values) -> tuple[Missing, Buffers]:
+def _int64(values: Values) -> Piece:
     missing, filled = _filled(values, int, 0)
-    return missing, (np.array(filled, np.int64),)
+    return Piece(missing, np.array(filled, np.int64))
 
 
-def int32(values: Values) -> tuple[Missing, Buffers]:
-    return None, (np.array(values, np.int32),)
+def int32(values: Values) -> Piece:
+    return Piece(None, np.array(values, np.int32))
 
 
-def _bool(values: Values) -> tuple[Missing, Buffers]:
+def seconds(values: Values) -> Piece:
+    return Piece(None, (np.array(values, np.float64) * 1e6).astype(np.int64))
+
+
+def _bool(values: Values) -> Piece:
     missing, filled = _filled(values, bool, False)
-    return missing, (np.packbits(np.array(filled, bool), bitorder="little"),)
+    return Piece(missing, np.array(filled, bool))
 
 
-def utf8(values: Values) -> tuple[Missing, Buffers]:
+def utf8(values: Values) -> Piece:
     missing, filled = _filled(values, str, "")
     text = "".join(filled)
     if text.isascii():
-        data, parts = text.encode(), filled
-    else:  # "replace": a lone surrogate, which JSON can hold, has no UTF-8
-        parts = [value.encode("utf-8", "replace") for value in filled]
-        data = b"".join(parts)
-    offsets = np.zeros(len(values) + 1, np.int32)
-    np.cumsum(np.fromiter(map(len, parts), np.int32, len(parts)), out=offsets[1:])
-    return missing, (offsets, data)
+        data, texts = text.encode(), filled
+    else:
+        texts = [encoded(value) for value in filled]
+        data = b"".join(texts)
+    return Piece(missing, np.fromiter(map(len, texts), np.int32, len(texts)), data)
 
 
-def _timestamp(values: Values) -> tuple[Missing, Buffers]:
+def encoded(text: str) -> bytes:
+    """As UTF-8, with "?" for a lone surrogate, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-8", "replace")
+
+
+def _timestamp(values: Values) -> Piece:
     missing, filled = _filled(values, datetime, None)
     bare = [
         value if value is None or value.tzinfo is None else value.astimezone(UTC).replace(tzinfo=None)
         for value in filled
     ]
-    return missing, (np.array(bare, "M8[us]").view(np.int64),)
-
-
-def seconds(values: Values) -> tuple[Missing, Buffers]:
-    return None, ((np.array(values, np.float64) * 1e6).astype(np.int64),)
+    return Piece(missing, np.array(bare, "M8[us]").view(np.int64))
 
 
 def _must_be(kind: type) -> Callable[[Any], Any]:

@@ -16,30 +16,38 @@ import os
 import struct
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, groupby
+from operator import mul
 from typing import Any
 
 import nanoarrow as na
 import numpy as np
+from nanoarrow.c_array_stream import CArrayStream
 from nanoarrow.ipc import StreamWriter
 
 from serving.arrow_columns import (
     ENCODERS,
     FITS,
-    Buffers,
     Encoder,
-    Missing,
+    Piece,
     Values,
     arrow_type,
     float64,
     int32,
+    joined,
+    parts,
     seconds,
     utf8,
 )
-from serving.contract import Column
+from serving.arrow_feeds import FeedsEncoder, Kept
+from serving.arrow_message import MessageWriter, Part
+from serving.contract import Column, Plan
+from serving.decode import Feeds
 
 OWN = ("request_id", "row", "time", "prediction", "release_id")  # the last one is the readers'
 END_OF_STREAM = struct.pack("<II", 0xFFFFFFFF, 0)
+
+KEPT_ROWS = 8  # from here on, a request is logged by its arrays
 
 # The event loop's thread waits for the interpreter: to take it from us takes 5 ms, to be left it takes none.
 # Not more often, since a sleep costs some 40 µs of CPU.
@@ -61,22 +69,16 @@ class Breath:
 class BatchEncoder:
     """Batches of one release. `misfits` counts the values that did not fit their column."""
 
-    def __init__(self, columns: Sequence[Column], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self, columns: Sequence[Column], metadata: Mapping[str, str], plan: Plan | None = None
+    ) -> None:
         names = [column.name for column in columns]
         prefix = prefix_beside(names)
         self.misfits = 0
         self.breathe = Breath()
+        self._feeds = FeedsEncoder(columns, plan) if plan is not None else None
         self._width = len(columns)
-        self._types = [
-            na.c_schema(kind)
-            for kind in (
-                na.string(),
-                na.int32(),
-                na.timestamp("us", "UTC"),
-                *(arrow_type(column) for column in columns),
-                na.float64(),
-            )
-        ]
+        kinds = [na.string(), na.int32(), na.timestamp("us", "UTC"), *map(arrow_type, columns), na.float64()]
         self._encoders: list[Encoder] = [
             utf8,
             int32,
@@ -86,10 +88,15 @@ class BatchEncoder:
         ]
         self._fits: list[Callable[[Any], Any]] = [str, int, float, *(FITS[c.type] for c in columns), float]
         own = [prefix + name for name in OWN[:4]]
-        fields = dict(zip((*own[:3], *names, own[3]), self._types, strict=True))
-        self._schema = na.c_schema(na.struct(fields)).modify(metadata={**metadata, "prefix": prefix})
-        first = self._message((), (), (), (), (), with_schema=True)
-        self.header = first[: _message_end(first, 0)]
+        fields = dict(zip((*own[:3], *names, own[3]), kinds, strict=True))
+        schema = na.c_schema(na.struct(fields)).modify(metadata={**metadata, "prefix": prefix})
+        self.header = _schema_message(schema)
+        strings = [True, False, False, *(column.type == "string" for column in columns), False]
+        self._writer = MessageWriter([3 if string else 2 for string in strings])
+
+    def keep(self, rows: Sequence[tuple[Any, ...]], feeds: Feeds) -> Kept | None:
+        """The rows of a request by the arrays of the compiled model; None where those cannot tell them."""
+        return self._feeds.keep(rows, feeds) if self._feeds is not None and len(rows) >= KEPT_ROWS else None
 
     def batch(
         self,
@@ -100,49 +107,62 @@ class BatchEncoder:
         predictions: Sequence[float | None],
     ) -> bytes:
         """One record batch; all arguments have an entry per row, `times` in seconds since 1970."""
-        if set(map(len, rows)) != {self._width}:
+        own = [self._encoded(number, values) for number, values in enumerate((request_ids, indices, times))]
+        return b"".join(self._message(own, self._of_rows(rows), predictions))
+
+    def requests(
+        self,
+        request_ids: Sequence[str],
+        times: Sequence[float],
+        rows: Sequence[Sequence[tuple[Any, ...]] | Kept],
+        predictions: Sequence[float | None],
+        first: int = 0,
+    ) -> list[Part]:
+        """The same of whole requests, in parts; `first` is the index of the first row in its own request."""
+        lengths = np.array([len(some) for some in rows])
+        ids = self._encoded(0, request_ids)
+        assert ids.text is not None
+        ends = np.cumsum(ids.values).tolist()
+        texts = [ids.text[end - size : end] for end, size in zip(ends, ids.values.tolist(), strict=True)]
+        starts = np.repeat(np.cumsum(lengths) - lengths - first, lengths)
+        own = [
+            Piece(None, np.repeat(ids.values, lengths), b"".join(map(mul, texts, lengths.tolist()))),
+            Piece(None, (np.arange(len(starts)) - starts).astype(np.int32)),
+            Piece(None, np.repeat(self._encoded(2, times).values, lengths)),
+        ]
+        self.breathe()
+        runs = [list(run) for _, run in groupby(rows, type_is_kept)]
+        columns = [self._of_run(run) for run in runs]
+        return self._message(own, [joined(pieces) for pieces in zip(*columns, strict=True)], predictions)
+
+    def _of_run(self, run: Sequence[Any]) -> list[Piece]:
+        if not type_is_kept(run[0]):
+            return self._of_rows(list(chain.from_iterable(run)))
+        assert self._feeds is not None
+        return self._feeds.pieces(run, lambda column, values: self._encoded(column + 3, values))
+
+    def _of_rows(self, rows: Sequence[tuple[Any, ...]]) -> list[Piece]:
+        if set(map(len, rows)) - {self._width}:
             nothing = (None,) * self._width
             self.misfits += self._width * sum(len(row) != self._width for row in rows)
             rows = [row if len(row) == self._width else nothing for row in rows]
-        return self._message(request_ids, indices, times, rows, predictions)
+        by_column: Iterable[Values] = zip(*rows, strict=True) if rows else [()] * self._width
+        return [self._encoded(number, values) for number, values in enumerate(by_column, 3)]
 
     def _message(
-        self,
-        request_ids: Sequence[str],
-        indices: Sequence[int],
-        times: Sequence[float],
-        rows: Sequence[tuple[Any, ...]],
-        predictions: Sequence[float | None],
-        with_schema: bool = False,
-    ) -> bytes:
-        count = len(rows)
-        by_column: Iterable[Values] = zip(*rows, strict=True) if rows else [()] * self._width
-        children = []
-        for number, values in enumerate(chain((request_ids, indices, times), by_column, (predictions,))):
-            missing, buffers = self._encoded(number, values)
-            nulls = 0 if missing is None else int(np.count_nonzero(missing))
-            validity = np.packbits(~missing, bitorder="little") if nulls else None
-            children.append(
-                na.c_array_from_buffers(
-                    self._types[number],
-                    count,
-                    [validity, *buffers],
-                    null_count=nulls,
-                    validation_level="minimal",
-                    move=True,
-                )
-            )
-            self.breathe()
-        batch = na.c_array_from_buffers(
-            self._schema, count, [None], null_count=0, children=children, move=True
-        )
-        file = io.BytesIO()
-        writer = StreamWriter.from_writable(file)
-        writer.write_stream(batch, write_schema=with_schema)
-        writer.release()
-        return file.getvalue()
+        self, own: Sequence[Piece], columns: Sequence[Piece], predictions: Sequence[float | None]
+    ) -> list[Part]:
+        nulls: list[int] = []
+        buffers: list[Part] = []
+        for piece in (*own, *columns, self._encoded(self._width + 3, predictions)):
+            missing, some = parts(piece)
+            nulls.append(missing)
+            buffers += some
+        self.breathe()
+        return self._writer.message(len(predictions), nulls, buffers)
 
-    def _encoded(self, number: int, values: Values) -> tuple[Missing, Buffers]:
+    def _encoded(self, number: int, values: Values) -> Piece:
+        self.breathe()
         encode = self._encoders[number]
         try:
             return encode(values)
@@ -158,6 +178,19 @@ class BatchEncoder:
                     self.misfits += 1
                 fitting.append(one)
             return encode(fitting)
+
+
+def type_is_kept(rows: object) -> bool:
+    return type(rows) is Kept
+
+
+def _schema_message(schema: Any) -> bytes:
+    file = io.BytesIO()
+    writer = StreamWriter.from_writable(file)
+    writer.write_stream(CArrayStream.from_c_arrays([], schema))
+    writer.release()
+    content = file.getvalue()
+    return content[: _message_end(content, 0)]
 
 
 def prefix_beside(names: Iterable[str]) -> str:

@@ -96,8 +96,10 @@ class CompiledModel:
 
         A row that the original would refuse, such as one with a value out of its range, gets NaN.
         """
-        if not rows:
-            return self._empty(0)
+        return self.run(self.feeds(rows)) if rows else self._empty(0)
+
+    def feeds(self, rows: Sequence[tuple[Any, ...]]) -> dict[str, np.ndarray]:
+        """The arrays that `contract.Plan` describes, of at least one row."""
         if self._from_rows is not None and len(rows) >= self._from_rows:
             return self._by_column(rows)
         array, numbers = self._array, self._numbers
@@ -106,19 +108,26 @@ class CompiledModel:
             feeds["numbers"] = array([row[:numbers] for row in rows], "f8")
         if self._codes:
             feeds["codes"] = self._coded(rows)
+        return feeds
+
+    def run(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
+        """What `predict` says, by what `feeds` returned."""
+        rows = len(next(iter(feeds.values())))
+        if self._from_rows is not None and rows >= self._from_rows:
+            return self._trees.predict(feeds["numbers"].T, feeds["codes"].T)
         prediction: np.ndarray
-        if len(rows) <= MOST_ROWS:
+        if rows <= MOST_ROWS:
             prediction = self._run(OUTPUTS, feeds, None)[0]
         else:
-            starts = range(0, len(rows), MOST_ROWS)
+            starts = range(0, rows, MOST_ROWS)
             pieces = [{name: fed[at : at + MOST_ROWS] for name, fed in feeds.items()} for at in starts]
             prediction = self._concatenate([self._run(OUTPUTS, piece, None)[0] for piece in pieces])
         return prediction
 
-    def _by_column(self, rows: Sequence[tuple[Any, ...]]) -> np.ndarray:
+    def _by_column(self, rows: Sequence[tuple[Any, ...]]) -> dict[str, np.ndarray]:
         columns = list(zip(*rows, strict=True))
         numbers = self._array(columns[: self._numbers], "f8").reshape(self._numbers, len(rows))
-        return self._trees.predict(numbers, self._coded_columns(columns))
+        return {"numbers": numbers.T, "codes": self._coded_columns(columns).T}
 
     def _coded(self, rows: Sequence[tuple[Any, ...]]) -> np.ndarray:
         """int64 [rows, lookups]."""

@@ -142,13 +142,13 @@ def _with_trees(
     try:
         content, from_rows = leaf_masks(graph)
         if from_rows > MOST_FEW:
-            raise NotCompilable(f"masks of its trees' leaves would pay from {from_rows:,} rows on")
+            raise NotCompilable(f"they would pay from {from_rows:,} rows on")
         (folder / TREES_FILE).write_bytes(content)
         faster = msgspec.structs.replace(plan, trees_from_rows=from_rows)
         _check_equal(compiled, CompiledModel(folder, faster), frames, from_rows)
     except (NotCompilable, ContractError) as error:
         (folder / TREES_FILE).unlink(missing_ok=True)
-        say(f"calls of many rows go through the graph too: {error}")
+        say(f"no masks of leaves for calls of many rows: {error}")
         return plan
     say(f"calls of {from_rows} rows or more go through masks of the trees' leaves, to equal predictions")
     return faster

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from operator import itemgetter
 from typing import Annotated, Any
@@ -22,6 +22,7 @@ from serving.errors import BadRequest
 from serving.rows import EARLIEST, INT64, LATEST, RowChecker, Values
 
 Row = tuple[Any, ...]
+Feeds = Mapping[str, Any]  # of rows: the arrays that a compiled model takes, see contract.Plan
 
 LONG_BODY = 4096
 

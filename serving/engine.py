@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-from serving.decode import Row
+from serving.decode import Feeds, Row
 from serving.metrics import Metrics
 
 INLINE_SECONDS = 0.002  # what one call may hold the event loop
+FED_ROWS = 8  # fewer rows are told as quickly by themselves as by arrays
 FIRST_GUESS = 50e-6  # seconds per row, until the first call
 
 
@@ -28,14 +29,14 @@ class Model(Protocol):
     inline: bool  # fast enough for the event loop's thread
     batching: bool  # rows of several requests in one call
 
-    def predict(self, rows: Sequence[Row]) -> list[float]:
-        """One finite number per row."""
+    def predict(self, rows: Sequence[Row]) -> tuple[list[float], Feeds | None]:
+        """One finite number per row; and, of many rows, the arrays that were made of them."""
 
 
 class Job:
     """The rows of one request, and what to do with its predictions."""
 
-    __slots__ = ("decode", "finish", "request", "rows")
+    __slots__ = ("decode", "feeds", "finish", "request", "rows")
 
     def __init__(
         self,
@@ -47,6 +48,7 @@ class Job:
         self.request = request
         self.finish = finish
         self.rows = rows or []
+        self.feeds: Feeds | None = None  # of its rows, once they are predicted
         self.decode = decode  # for a body that is too long to be decoded on the event loop
 
 
@@ -156,18 +158,21 @@ def _rows_of(jobs: list[Job]) -> list[Row]:
 def _predict(model: Model, jobs: list[Job], rows: list[Row]) -> list[Any]:
     """Predictions or the error of each job. One request's rows that break the model break no other's."""
     try:
-        predictions = model.predict(rows)
+        predictions, feeds = model.predict(rows)
     except BaseException as error:  # a model's own code may do anything, exit too
         if len(jobs) == 1:
             return [error]
         halves = jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]
         return [result for half in halves for result in _predict(model, half, _rows_of(half))]
     if len(jobs) == 1:
+        jobs[0].feeds = feeds
         return [predictions]
     results = []
     start = 0
     for job in jobs:
         end = start + len(job.rows)
         results.append(predictions[start:end])
+        if feeds is not None and end - start >= FED_ROWS:
+            job.feeds = {name: array[start:end] for name, array in feeds.items()}
         start = end
     return results

@@ -58,9 +58,10 @@ def leaf_masks(graph: Graph) -> tuple[bytes, int]:
     rows = [count + 1 for count in counts]
     rows += [len(known[column.place]) + 2 for column in columns if column.coded]
     bits = next(word for word in WORDS if max(map(len, leaves)) <= word)
+    size = sum(rows) * len(leaves) * bits // 8
+    if size > LARGEST_MASKS:
+        raise NotCompilable(f"they would take {size:,} bytes, and the limit is {LARGEST_MASKS:,}")
     masks = np.full((sum(rows), len(leaves)), 2**bits - 1, f"u{bits // 8}")
-    if masks.nbytes > LARGEST_MASKS:
-        raise NotCompilable(f"they would take {masks.nbytes:,} bytes, and the limit is {LARGEST_MASKS:,}")
     sets = _sets(trees.ensemble)
     for position, part in enumerate(np.split(masks, np.cumsum(rows)[:-1])):
         for branch in branches[columns[position]]:

@@ -9,7 +9,7 @@ import msgspec
 
 from serving.compiled import CompiledModel
 from serving.contract import GOLDEN_FILE, SERVING_DIRECTORY, Column, Golden, Plan
-from serving.decode import Decoder, Row
+from serving.decode import Decoder, Feeds, Row
 from serving.engine import Model
 from serving.errors import BadRequest
 
@@ -23,13 +23,14 @@ class Compiled:
     def __init__(self, release: Path, plan: Plan) -> None:
         self._model = CompiledModel(release / SERVING_DIRECTORY, plan)
 
-    def predict(self, rows: Sequence[Row]) -> list[float]:
-        """One finite number per row. Raises `BadRequest` where the original would fail on a row.
+    def predict(self, rows: Sequence[Row]) -> tuple[list[float], Feeds | None]:
+        """One finite number per row, and the arrays. Raises `BadRequest` where the original would fail.
 
         The graph says NaN there: of a value that is too large, missing where none may be, or unknown to an
         encoder that takes no others.
         """
-        predictions: list[float] = self._model.predict(rows).tolist()
+        feeds = self._model.feeds(rows)
+        predictions: list[float] = self._model.run(feeds).tolist()
         total = sum(predictions)
         if total - total != 0.0:  # an infinity or a NaN is in it, or the sum is beyond all bounds
             for row, value in enumerate(predictions):
@@ -40,7 +41,7 @@ class Compiled:
                         row=row,
                         expected="values such as those that the model was trained on",
                     )
-        return predictions
+        return predictions, feeds
 
 
 class Original:
@@ -55,11 +56,11 @@ class Original:
         self._names = [column.name for column in columns]
         self.batching = batching
 
-    def predict(self, rows: Sequence[Row]) -> list[float]:
+    def predict(self, rows: Sequence[Row]) -> tuple[list[float], None]:
         """One finite number per row."""
         columns = dict(zip(self._names, zip(*rows, strict=True), strict=True))
         try:
-            return self._scorer.predict_columns(columns)
+            return self._scorer.predict_columns(columns), None
         except ValueError as error:
             if not _raised_by_scikit_learn(error):
                 raise

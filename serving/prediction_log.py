@@ -3,10 +3,10 @@
     append ──► queue (bounded by bytes) ──► writer: record batch ──► shipper: object in the store
                full: dropped and counted     every 0.25 s            every 60 s or 16 MiB, retried for ever
 
-`append` keeps the request's own Python objects; arrow_log.py makes columns of them on the writer's thread,
-spool.py keeps the files, shipper.py brings them away. A process that is killed loses what it accepted in the
-last 0.25 s. The threads share the interpreter with the event loop's, so the writer works in batches and
-pauses often.
+`append` keeps the request's own Python objects, or of many rows the arrays that the compiled model was given;
+arrow_log.py makes columns of them on the writer's thread, spool.py keeps the files, shipper.py brings them
+away. A process that is killed loses what it accepted in the last 0.25 s. The threads share the interpreter
+with the event loop's, so the writer works in batches and pauses often.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from serving.arrow_feeds import Kept
 from serving.arrow_log import BatchEncoder
-from serving.contract import Column
+from serving.arrow_message import Part
+from serving.contract import Column, Plan
+from serving.decode import Feeds
 from serving.shipper import Shipper
 from serving.spool import Segment, create, end_stream, replace, today
 
@@ -43,7 +46,8 @@ MERGED_ROWS, MERGED_BYTES = 2000, 4 * MIB
 # Measured: what a queued request, a row and a value take in memory besides the text of the request.
 REQUEST_BYTES, ROW_BYTES, VALUE_BYTES = 400, 120, 34
 
-Entry = tuple[Sequence[tuple[Any, ...]], Sequence[float], str, float, int]
+Rows = Sequence[tuple[Any, ...]]
+Entry = tuple[Rows | Kept, Sequence[float], str, float, int]
 
 
 @dataclass
@@ -69,6 +73,7 @@ class PredictionLog:
     project: str
     release_id: str
     columns: tuple[Column, ...]
+    plan: Plan | None = None  # of a compiled model, which is given `feeds`
     counts: Counts = field(default_factory=Counts)
     queue_bytes: int = 64 * MIB  # of memory
     spool_bytes: int = 1024 * MIB  # of this process's unshipped files; beyond it, rows are dropped
@@ -82,6 +87,7 @@ class PredictionLog:
         self._encoder = BatchEncoder(
             self.columns,
             {"release_id": self.release_id, "project": self.project, "environment": self.environment},
+            self.plan,
         )
         self._row_bytes = ROW_BYTES + VALUE_BYTES * len(self.columns)
         self._lock = threading.Lock()
@@ -104,19 +110,29 @@ class PredictionLog:
         self._writer.start()
 
     def append(
-        self, rows: Sequence[tuple[Any, ...]], predictions: Sequence[float], request_id: str, size: int
+        self,
+        rows: Rows,
+        predictions: Sequence[float],
+        request_id: str,
+        size: int,
+        feeds: Feeds | None = None,
     ) -> bool:
         """Accept the rows of a request of `size` bytes, or drop and count them when the queue is full.
 
-        Costs about 1 µs and never waits. Rows and predictions are kept as they are: nobody may change them.
+        Costs about 1 µs, with `feeds` 15, and never waits. `feeds` are the arrays that the compiled model was
+        given of these rows; they are kept instead. What is kept is kept as it is: nobody may change it.
         """
         count = len(rows)
-        weight = REQUEST_BYTES + count * self._row_bytes + size
+        kept = self._encoder.keep(rows, feeds) if feeds is not None else None
+        if kept is not None:
+            weight = REQUEST_BYTES + kept.memory
+        else:
+            weight = REQUEST_BYTES + count * self._row_bytes + size
         with self._lock:
             if self._queued_bytes + weight > self.queue_bytes or self._spool_is_full or self._closing:
                 self.counts.dropped += count
                 return False
-            self._queue.append((rows, predictions, request_id, time.time(), weight))
+            self._queue.append((rows if kept is None else kept, predictions, request_id, time.time(), weight))
             self._queued_bytes += weight
             self.counts.accepted += count
         if self._queued_bytes > FLUSH_BYTES and not self._wake_writer.is_set():
@@ -187,10 +203,10 @@ class PredictionLog:
         entries = self._take(most)
         predictions = sum(len(entry[0]) for entry in entries)
         try:
-            content = b"".join(self._batches(entries))
+            parts = list(chain.from_iterable(self._batches(entries)))
             segment = self._segment or self._open_segment()
             try:
-                segment.write(content)
+                segment.write(parts)
             finally:
                 if segment.descriptor < 0:
                     self._segment = None
@@ -214,7 +230,7 @@ class PredictionLog:
         rows = weight = 0
         pop = self._queue.popleft
         while len(entries) < most and rows < BATCH_ROWS and weight < TAKEN_BYTES:
-            some = [pop() for _ in range(min(most - len(entries), 64))]
+            some = [pop() for _ in range(min(most - len(entries), 20))]
             entries += some
             rows += sum([len(entry[0]) for entry in some])
             weight += sum([entry[4] for entry in some])
@@ -223,29 +239,33 @@ class PredictionLog:
             self._queued_bytes -= weight
         return entries
 
-    def _batches(self, entries: Sequence[Entry]) -> Iterator[bytes]:
-        breathe, before = self._encoder.breathe, self._encoder.misfits
-        by_request, predicted, ids, times, _ = zip(*entries, strict=True)
-        breathe()
-        lengths = list(map(len, by_request))
-        if lengths != list(map(len, predicted)):
-            predicted = tuple(map(self._predictions_of, predicted, lengths))
-        rows = list(chain.from_iterable(by_request))
-        breathe()
-        predictions = list(chain.from_iterable(predicted))
-        breathe()
-        indices: Sequence[int] = [0] * len(rows)
-        if len(rows) > len(entries) or 0 in lengths:
-            ids = tuple(chain.from_iterable(map(repeat, ids, lengths)))
-            times = tuple(chain.from_iterable(map(repeat, times, lengths)))
-            indices = list(chain.from_iterable(map(range, lengths)))
-        for start in range(0, len(rows), BATCH_ROWS):
-            part = slice(start, start + BATCH_ROWS)
-            yield self._encoder.batch(ids[part], indices[part], times[part], rows[part], predictions[part])
+    def _batches(self, entries: Sequence[Entry]) -> Iterator[list[Part]]:
+        before = self._encoder.misfits
+        for some in _divided(entries):
+            yield from self._encoded(some)
         if self._encoder.misfits > before:
             if not self.counts.misfits:
                 logger.error("a value did not fit its column and is logged as null; perhaps there are more")
             self.counts.misfits = self._encoder.misfits
+
+    def _encoded(self, entries: Sequence[Entry]) -> Iterator[list[Part]]:
+        """One batch; several of a single request that is too long."""
+        encoder = self._encoder
+        by_request, predicted, ids, times, _ = zip(*entries, strict=True)
+        lengths = list(map(len, by_request))
+        if lengths != list(map(len, predicted)):
+            predicted = tuple(map(self._predictions_of, predicted, lengths))
+        predictions = list(chain.from_iterable(predicted))
+        encoder.breathe()
+        if len(entries) == 1 and type(by_request[0]) is not Kept:
+            for first in range(0, lengths[0], BATCH_ROWS):
+                part = slice(first, first + BATCH_ROWS)
+                yield encoder.requests(ids, times, [by_request[0][part]], predictions[part], first)
+        elif len(predictions) == len(entries) and 0 not in lengths and Kept not in set(map(type, by_request)):
+            rows = list(chain.from_iterable(by_request))
+            yield [encoder.batch(ids, [0] * len(rows), times, rows, predictions)]
+        elif predictions:
+            yield encoder.requests(ids, times, by_request, predictions)
 
     def _predictions_of(self, predictions: Sequence[float], length: int) -> Sequence[float | None]:
         if len(predictions) == length:
@@ -258,7 +278,7 @@ class PredictionLog:
         name = f"{self.release_id}-{{time}}-{os.getpid()}-{self._sequence}.arrows"
         segment = create(self.spool / self.environment / self.project, name)
         try:
-            segment.write(self._encoder.header)
+            segment.write([self._encoder.header])
         except OSError:
             if segment.descriptor >= 0:
                 segment.delete()
@@ -278,7 +298,7 @@ class PredictionLog:
             misfits = self._encoder.misfits
             entries = list(chain.from_iterable(kept))
             try:
-                replace(segment, self._encoder.header + b"".join(self._batches(entries)))
+                replace(segment, [self._encoder.header, *chain.from_iterable(self._batches(entries))])
             except Exception as error:
                 logger.warning("cannot write %s anew (%s); it is shipped as it is", segment.path.name, error)
             self._encoder.misfits = self.counts.misfits = misfits
@@ -292,3 +312,15 @@ class PredictionLog:
     def _count_lost(self, predictions: int) -> None:
         with self._lock:
             self.counts.dropped += predictions
+
+
+def _divided(entries: Sequence[Entry]) -> Iterator[Sequence[Entry]]:
+    """In order, of about a batch's rows each; a request of more is by itself."""
+    begin = count = 0
+    for at, entry in enumerate(entries):
+        length = len(entry[0])
+        if count and count + length > BATCH_ROWS:
+            yield entries[begin:at]
+            begin, count = at, 0
+        count += length
+    yield entries[begin:]

@@ -14,17 +14,19 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from serving.arrow_log import END_OF_STREAM, whole_bytes
+from serving.arrow_message import Part, size_of
 
 logger = logging.getLogger("perennial.prediction_log")
 
 PREFIX = "predictions"
 OPENING_SECONDS = 600.0  # nobody takes so long to give a file its name
+MOST_PARTS = 1024  # of one write; Linux takes no more
 
 
 @dataclass
@@ -37,16 +39,22 @@ class Segment:
     size: int = 0
     predictions: int = 0
 
-    def write(self, content: bytes) -> None:
+    def write(self, parts: Sequence[Part]) -> None:
         """Append all of it, or nothing.
 
         Raises OSError; when even what was written of it cannot be cut off, the file is closed and
         `descriptor` is -1: it is left as it is for the process that adopts it.
         """
-        view = memoryview(content)
+        size = 0
         try:
-            while view:
-                view = view[os.write(self.descriptor, view) :]
+            for start in range(0, len(parts), MOST_PARTS):
+                some = parts[start : start + MOST_PARTS]
+                wanted, written = sum(map(size_of, some)), os.writev(self.descriptor, some)
+                size += wanted
+                if written < wanted:  # a disk that is nearly full: the next call says so
+                    view = memoryview(b"".join(some))[written:]
+                    while view:
+                        view = view[os.write(self.descriptor, view) :]
         except OSError:
             try:
                 os.ftruncate(self.descriptor, self.size)
@@ -54,7 +62,7 @@ class Segment:
                 os.close(self.descriptor)
                 self.descriptor = -1
             raise
-        self.size += len(content)
+        self.size += size
 
     def is_gone(self) -> bool:
         """Whether the file was removed, by its owner or by what tidies folders up."""
@@ -82,7 +90,7 @@ def create(folder: Path, name: str) -> Segment:
     return Segment(path, _locked(hidden, path), time.monotonic())
 
 
-def replace(segment: Segment, content: bytes) -> None:
+def replace(segment: Segment, content: Sequence[Part]) -> None:
     """Write a finished file anew: the old content or the new one is there at any moment. Raises OSError."""
     hidden = segment.path.with_suffix(".opening")
     hidden.unlink(missing_ok=True)
@@ -161,7 +169,7 @@ def _adopted(path: Path) -> Segment | None:
 def end_stream(segment: Segment) -> None:
     """Mark that nothing follows. Not needed by readers, so a full disk does not matter."""
     try:
-        segment.write(END_OF_STREAM)
+        segment.write([END_OF_STREAM])
     except OSError:
         logger.warning("cannot mark the end of %s", segment.path.name)
 

@@ -61,6 +61,7 @@ def work(options: Options, shared: Shared, index: int, again: bool) -> int:
         project=options.manifest.project,
         release_id=options.manifest.release_id,
         columns=decoder.columns,
+        plan=options.plan,
         queue_bytes=QUEUE_BYTES // shared.workers,
         spool_bytes=SPOOL_BYTES // shared.workers,
     )

@@ -15,6 +15,7 @@ from pydantic import Field, StringConstraints, ValidationError
 
 from perennial import approval_page, approvals
 from perennial.approvals import Request, Review
+from perennial.errors import ReleaseError
 from perennial.values import Environment, Release, slug
 from tasks import edge
 
@@ -51,7 +52,9 @@ def ask_approval(release: Release, environment: Environment) -> Review:
     said = _answer_to(asked) if asked is not None and asked.attempt == attempt else None
     if asked is not None and said is not None:
         known = journal.release(release.release_id) or release
-        return approvals.answer(journal, known, asked, said.decision, said.reviewer, said.note)
+        review = approvals.answer(journal, known, asked, said.decision, said.reviewer, said.note)
+        if review.declined:
+            return review
     if journal.approval(release, environment) is None:
         # A key that was used lets a run pass with no answer, or with an old one: each request has its own.
         key = f"approve-{attempt}-{uuid4().hex[:8]}"
@@ -62,10 +65,8 @@ def ask_approval(release: Release, environment: Environment) -> Review:
 def declined(review: Review) -> State[Any]:
     """How a run ends whose release a person declined."""
     why = f": {review.note}" if review.note else ""
-    return Failed(
-        name="Declined",
-        message=f"{review.reviewer} declined {review.release_id} for {review.environment}{why}",
-    )
+    error = ReleaseError(f"{review.reviewer} declined {review.release_id} for {review.environment}{why}")
+    return Failed(name="Declined", message=str(error), data=error)
 
 
 def _answer_to(asked: Request) -> Approval | None:

@@ -111,10 +111,8 @@ class Containers(Kind):
     def begin(self, instance: Instance) -> Endpoint:
         with engine.open_engine() as opened:
             port = self.settings.first_service_port
-            instance.spool.mkdir(parents=True, exist_ok=True)
+            container_spec.make_folders(instance)
             body = self.target._wanted(instance, port)
-            for mount in body["HostConfig"]["Mounts"]:
-                Path(mount["Source"]).mkdir(parents=True, exist_ok=True)
             opened.api.create_container_from_config(body, self.log_of(instance.name))
             return Endpoint(
                 name=instance.name, host=self.settings.host, port=port, release_id=instance.release_id

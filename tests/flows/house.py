@@ -51,7 +51,16 @@ BUILD_STEPS = (
     "register_model",
     "write_release",
 )
-DEPLOY_STEPS = ("collect_release", "start_candidate", "check_candidate", "switch_traffic", "retire_previous")
+DEPLOY_STEPS = (
+    "collect_release",
+    "prepare_image",
+    "start_candidate",
+    "check_candidate",
+    "shift_traffic",
+    "promote_release",
+    "retire_previous",
+    "watch_release",
+)
 
 ROW = {"amount": 41.5, "age": 33, "colour": "red", "member": True}
 

@@ -10,8 +10,8 @@ from urllib.error import HTTPError
 
 import pytest
 
-from perennial import rollout
-from perennial.targets import ProcessTarget
+from perennial import leases, rollout
+from perennial.targets import open_target
 from perennial.values import Artifact, Release
 from tests.flows.conftest import MakeProject
 from tests.flows.house import House
@@ -111,15 +111,15 @@ def test_a_candidate_that_a_killed_deploy_left_running_is_gone_after_the_next_on
     rollout.start(
         house.settings,
         house.journal,
-        ProcessTarget(house.settings),
+        open_target(house.settings),
         shop.new,
         "test",
         edge.release_folder(shop.new),
-        edge.environment_python(shop.new.environment),
         edge.store_environment(),
     )
     assert set(house.instances(shop.name)) == {shop.old.release_id, shop.new.release_id}
     assert house.ask(shop.name)["release_id"] == shop.old.release_id, "no traffic before it is proven"
+    leases.let_go()  # as the death of its process does
     left = house.status(shop.name)[shop.new.release_id]
     run = house.deploy(shop.name, shop.new.release_id)
     assert run.kind == "COMPLETED", run.message
@@ -141,7 +141,7 @@ def test_production_opens_for_an_approval_only_and_for_this_release_only(house: 
     assert (refused.kind, refused.name) == ("FAILED", "Failed")
     command = f"python -m perennial approve {shop.old.release_id} --reviewer"
     assert refused.explains(f"nobody has approved {shop.old.release_id} for production", command)
-    assert refused.stopped_in("collect_release")
+    assert refused.stopped_in("prepare_image")
     with pytest.raises(HTTPError):
         house.ask(shop.name, "production")
 

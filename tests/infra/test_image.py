@@ -1,4 +1,4 @@
-"""Images of releases, built and run by a real engine. The base takes some 20 s once per state of base.sh."""
+"""Images of releases, built and run by a real engine. The local base takes some 20 s, once."""
 
 from __future__ import annotations
 
@@ -15,45 +15,28 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import msgspec
 import pytest
 
-from perennial import environments, image_site, images
+from perennial import artifacts, environments, image_site, images
+from perennial.engine import open_engine
 from perennial.errors import InstallationError, ProjectError, ReleaseError
 from perennial.images import Image
-from serving.contract import Column, Golden, InputSchema, Manifest, Plan
+from perennial.store import Store
+from perennial.targets import Instance, open_target
+from perennial.values import ModelEnvironment
+from tests.engines import engine_or_skip
+from tests.installations import call, own_settings
+from tests.releases import a_release
+from tests.served import LOCK, REPOSITORY, write_release
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-LOCK = REPOSITORY / "examples" / "flights" / "requirements.lock"
 NOBODY = 65532
 PORT = "8080/tcp"
 LIMIT_BYTES = 150_000_000
 
-# A model that no compiler knows.
-PACKAGE = """
-class Model:
-    def produce_model(self, data):
-        pass
-
-    def predict(self, rows):
-        return rows.x * 0.5 + rows.y.fillna(1.0)
-
-    @classmethod
-    def load(cls, path):
-        return cls()
-"""
-
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Any]:
-    try:
-        opened = images.open_engine()
-        engine = opened.__enter__()
-    except InstallationError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"{error.found}. {error.next_command}")
-    with contextlib.closing(engine):
+    with engine_or_skip() as engine:
         yield engine
         for image in engine.images.list(name="perennial/toy"):
             for tag in image.tags:
@@ -74,57 +57,6 @@ def wheel(work: Path) -> Path:
 def compiled(engine: Any, work: Path, wheel: Path) -> Image:
     release = write_release(work / "first", "toy-0123456789ab", weight=0.5)
     return images.build_image(engine, release, LOCK, wheel, work)
-
-
-def write_release(folder: Path, release_id: str, weight: float | None) -> Path:
-    """A release whose graph is 1 / (1 + exp(-(weight·x - y))), or the original's without a weight."""
-    (folder / "model").mkdir(parents=True)
-    (folder / "site" / "toy").mkdir(parents=True)
-    (folder / "site" / "toy" / "__init__.py").write_text(PACKAGE)
-    (folder / "model" / "format.json").write_text('{"format": "own"}')
-    manifest = Manifest(
-        release_id=release_id,
-        project="toy",
-        package="toy",
-        task="regression",
-        git_sha="0" * 40,
-        data_fingerprint="0" * 64,
-        as_of="2026-01-01",
-        model_sha256="0" * 64,
-    )
-    schema = InputSchema(features=(Column("x", "number", False), Column("y", "number", True)))
-    golden = Golden(rows=[{"x": 1.0, "y": 2.0}], predictions=[])
-    for name, value in (("manifest", manifest), ("schema", schema), ("golden", golden)):
-        (folder / f"{name}.json").write_bytes(msgspec.json.encode(value))
-    if weight is not None:
-        write_graph(folder / "serving", weight)
-    return folder
-
-
-def write_graph(folder: Path, weight: float) -> None:
-    import numpy as np
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    folder.mkdir()
-    graph = helper.make_graph(
-        [
-            helper.make_node("MatMul", ["numbers", "weights"], ["sums"]),
-            helper.make_node("Sigmoid", ["sums"], ["columns"]),
-            helper.make_node("Reshape", ["columns", "flat"], ["prediction"]),
-        ],
-        "toy",
-        [helper.make_tensor_value_info("numbers", TensorProto.DOUBLE, [None, 2])],
-        [helper.make_tensor_value_info("prediction", TensorProto.DOUBLE, [None])],
-        [
-            numpy_helper.from_array(np.array([[weight], [-1.0]]), "weights"),
-            numpy_helper.from_array(np.array([-1]), "flat"),
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    onnx.save(model, folder / "model.onnx")
-    plan = Plan("compiled", "a toy", batching=True, batching_reason="row by row", numbers=("x", "y"))
-    (folder / "plan.json").write_bytes(msgspec.json.encode(plan))
 
 
 @contextlib.contextmanager
@@ -179,8 +111,8 @@ def run_inside(container: Any, code: str) -> str:
 def test_a_base_that_the_engine_does_not_take_is_explained(
     engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "base.sh").write_text('#!/bin/sh\nyes "no tar" | head -c 5000 >"$1"\n')
-    (tmp_path / "base.sh").chmod(0o755)
+    (tmp_path / "base-image.sh").write_text('#!/bin/sh\nyes "no tar" | head -c 5000 >"$1"\n')
+    (tmp_path / "base-image.sh").chmod(0o755)
     monkeypatch.setattr(images, "DOCKER_FILES", tmp_path)
     with pytest.raises(InstallationError, match="refused to import perennial/base"):
         images.local_base(engine, tmp_path / "work")
@@ -287,6 +219,64 @@ def test_a_release_that_is_not_compiled_serves_the_original(
         assert ask(container, [{"x": 3.0, "y": None}, {"x": 1.0, "y": 2.0}]) == [2.5, 2.5]
 
 
+def test_a_target_serves_it_and_never_builds_it_twice(
+    engine: Any,
+    wheel: Path,
+    tmp_path: Path,
+    directory_store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = own_settings(tmp_path / "home", target="docker")
+    release = a_release(
+        release_id="toy-00000000000e",
+        environment=ModelEnvironment(
+            fingerprint="0" * 64,
+            lock=artifacts.put_file(directory_store, "requirements.lock", LOCK),
+            serving=artifacts.put_file(directory_store, wheel.name, wheel),
+            python=images.LOCAL_BASE_PYTHON,
+        ),
+    )
+    folder = write_release(tmp_path / "toy", release.release_id, weight=0.5)
+    target = open_target(here)
+    image = target.prepare(release, folder, directory_store)
+    assert image.startswith("sha256:")
+    with monkeypatch.context() as without_dockerfiles:
+        without_dockerfiles.setattr(images, "DOCKER_FILES", tmp_path / "nowhere")
+        assert target.prepare(release, folder, directory_store) == image
+
+    instance = Instance(
+        environment="production",
+        project="toy",
+        release_id=release.release_id,
+        python=Path("python3"),
+        release=folder,
+        image=image,
+        prediction_log=here.store,
+        spool=here.root / "spool" / "production" / "toy",
+    )
+    endpoint = target.start(instance)
+    try:
+        target.wait_ready(endpoint, 30)
+        url = f"http://{endpoint.host}:{endpoint.port}/predict"
+        status, answer, headers = call(url, {"rows": [{"x": 3.0, "y": 1.0}]})
+        assert status == 200 and headers["x-perennial-release"] == release.release_id
+        assert answer["predictions"] == pytest.approx([1 / (1 + math.exp(-0.5))], abs=1e-15)
+        container = engine.containers.list(filters={"label": f"perennial.release={release.release_id}"})[0]
+        assert container.labels["org.opencontainers.image.revision"] == "0" * 40
+        assert container.labels["perennial.dataset"] == "0" * 64
+        look = container.attrs["Config"]["Healthcheck"]["Test"][1:]
+        assert container.exec_run(look).exit_code == 0
+        silent = engine.containers.create(image, look[1:], entrypoint=look[:1], network_mode="none")
+        silent.start()
+        assert silent.wait()["StatusCode"] == 1
+        silent.remove()
+    finally:
+        target.stop(endpoint.name, 10.0)
+    [log] = (here.root / "store" / "predictions" / "production" / "toy").rglob("*.arrows")
+    assert log.name.startswith(release.release_id)
+    assert not list(instance.spool.rglob("*.arrows"))
+
+
 def test_what_is_no_release_is_refused(engine: Any, work: Path, wheel: Path, tmp_path: Path) -> None:
     with pytest.raises(ReleaseError, match="is not a release directory"):
         images.build_image(engine, tmp_path, LOCK, wheel, work)
@@ -325,6 +315,6 @@ def test_a_lock_without_a_runtime_is_refused() -> None:
 def test_no_engine_is_said_plainly(tmp_path: Path) -> None:
     with (
         pytest.raises(InstallationError, match="no Docker engine"),
-        images.open_engine(f"unix://{tmp_path}/docker.sock"),
+        open_engine(f"unix://{tmp_path}/docker.sock"),
     ):
         pass

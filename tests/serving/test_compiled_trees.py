@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -21,9 +22,10 @@ from sklearn.tree import DecisionTreeRegressor
 
 from serving import indicators
 from serving.compiled import CompiledModel
-from serving.contract import ONNX_FILE, Column, Lookup, Plan
+from serving.contract import ONNX_FILE, TREES_FILE, Column, Lookup, Plan
 from serving.estimators import predicted
 from serving.graph import Graph, Inputs, Raw, Table
+from serving.leafmasks import leaf_masks
 from serving.passthrough import Output
 from tests.serving.small_models import Workbench, workbench
 
@@ -32,7 +34,7 @@ ESTIMATORS = {
         max_iter=5, min_samples_leaf=3, random_state=seed
     ),
     "forest": lambda seed: RandomForestClassifier(5, random_state=seed),
-    "extra": lambda seed: ExtraTreesRegressor(5, random_state=seed),
+    "extra": lambda seed: ExtraTreesRegressor(5, max_leaf_nodes=64, random_state=seed),
     "boosting": lambda seed: GradientBoostingRegressor(n_estimators=5, random_state=seed),
     "tree": lambda seed: DecisionTreeRegressor(max_depth=4, random_state=seed),
 }
@@ -44,13 +46,16 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     return workbench(tmp_path_factory.mktemp("bench"))
 
 
-def compiled(graph: Graph, prediction: str) -> CompiledModel:
+def compiled(graph: Graph, prediction: str) -> tuple[CompiledModel, CompiledModel]:
+    """The graph alone, and with the masks of its trees' leaves for two rows or more."""
     content = graph.model(prediction)
     lookups = tuple(Lookup(name, values) for name, values in graph.inputs.lookups.items())
     plan = Plan("compiled", "", True, "", tuple(graph.inputs.numbers), lookups)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / ONNX_FILE).write_bytes(content)
-        return CompiledModel(Path(folder), plan)
+        (Path(folder) / TREES_FILE).write_bytes(leaf_masks(graph)[0])
+        masked = msgspec.structs.replace(plan, trees_from_rows=2)
+        return CompiledModel(Path(folder), plan), CompiledModel(Path(folder), masked)
 
 
 def beside(thresholds: np.ndarray) -> np.ndarray:
@@ -81,7 +86,7 @@ def test_random_trees(bench: Workbench, kind: str, seed: int, columns: int, scal
     graph = Graph(Inputs(numbers=[f"x{i}" for i in range(columns)]))
     sources = [Raw(Column(f"x{i}", "number", True)) for i in range(columns)]
     output = Output("trees", "predict_proba" if classifies else "predict", 1 if classifies else None, ())
-    model = compiled(graph, predicted(graph, trees, output, list(sources), bench))  # type: ignore[arg-type]
+    forms = compiled(graph, predicted(graph, trees, output, list(sources), bench))  # type: ignore[arg-type]
 
     rows = np.column_stack(
         [
@@ -92,8 +97,9 @@ def test_random_trees(bench: Workbench, kind: str, seed: int, columns: int, scal
     if kind in TAKES_NULL:
         rows[random.random(rows.shape) < 0.1] = np.nan
     theirs = trees.predict_proba(rows)[:, 1] if classifies else trees.predict(rows)
-    assert np.array_equal(model.predict([tuple(row) for row in rows.tolist()]), theirs)
-    assert model.predict([tuple(rows[0].tolist())])[0] == theirs[0]
+    for model in forms:
+        assert np.array_equal(model.predict([tuple(row) for row in rows.tolist()]), theirs)
+        assert model.predict([tuple(rows[0].tolist())])[0] == theirs[0]
 
 
 @pytest.mark.parametrize("most_columns", [0, 1000], ids=["as sets", "as columns"])
@@ -116,10 +122,11 @@ def test_trees_of_many_categories(
     graph = Graph(Inputs(numbers=["x"], lookups={"c": known}))
     table = Table("c", np.array([*known, np.nan, np.nan]))
     sources = [table, Raw(Column("x", "number", True))]
-    model = compiled(graph, predicted(graph, trees, Output("trees", "predict", None, ()), sources, bench))  # type: ignore[arg-type]
+    forms = compiled(graph, predicted(graph, trees, Output("trees", "predict", None, ()), sources, bench))  # type: ignore[arg-type]
     asked = [(value, code) for value in (-1.0, 0.3, None) for code in (*known, 999.0, None)]
     rows = np.array([[np.nan if c is None or c == 999 else c, np.nan if v is None else v] for v, c in asked])
-    assert np.array_equal(model.predict(asked), trees.predict(rows))
+    for model in forms:
+        assert np.array_equal(model.predict(asked), trees.predict(rows))
     sets = any(branch.any() for predictor in trees._predictors for branch in _categorical(predictor))
     assert _has_sets(graph) == (sets and most_columns == 0)
 

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
-from serving.decode import Row
-from serving.engine import Engine, Job
+from serving.decode import Feeds, Row
+from serving.engine import FED_ROWS, Engine, Job
 from serving.errors import BadRequest
 from serving.metrics import LAYOUT, Metrics, Shared
 
@@ -26,7 +27,7 @@ class Halves:
         self.calls: list[list[int]] = []
         self.threads: list[str] = []
 
-    def predict(self, rows: Sequence[Row]) -> list[float]:
+    def predict(self, rows: Sequence[Row]) -> tuple[list[float], Feeds]:
         self.calls.append([row[0] for row in rows])
         self.threads.append(threading.current_thread().name)
         time.sleep(self.seconds)
@@ -34,7 +35,7 @@ class Halves:
             raise ValueError("poison")
         if (LAST_WORDS,) in rows:
             raise SystemExit("good bye")
-        return [row[0] / 2 for row in rows]
+        return [row[0] / 2 for row in rows], {"numbers": np.array(rows, float)}
 
 
 class Client:
@@ -43,11 +44,13 @@ class Client:
     def __init__(self, engine: Engine, *numbers: int, decode: Callable[[], list[Row]] | None = None) -> None:
         self.finished = False  # whether it has left
         self.answers: list[list[float] | BaseException] = []
+        self.feeds: Feeds | None = None
         self.answered = asyncio.Event()
         rows = None if decode else [(number,) for number in numbers]
         engine.submit(Job(self, self._finish, rows, decode))
 
     def _finish(self, job: Job, result: list[float] | BaseException) -> None:
+        self.feeds = job.feeds
         self.answers.append(result)
         self.answered.set()
 
@@ -153,6 +156,22 @@ def test_a_poisonous_row_fails_its_own_request_alone_and_costs_few_calls(inline:
 
     running(model, scenario)
     assert len(model.calls) <= 16, "not one for every request that was with it"
+
+
+def test_many_rows_are_told_by_the_arrays_that_the_model_was_given_of_them() -> None:
+    async def scenario(engine: Engine) -> None:
+        clients = [Client(engine, *range(start, start + rows)) for start, rows in ((0, 9), (50, 1), (60, 20))]
+        for client in clients:
+            await client.answer()
+        first, single, last = [client.feeds for client in clients]
+        assert 1 < FED_ROWS <= 9
+        assert single is None
+        assert first is not None and first["numbers"].tolist() == [[float(number)] for number in range(9)]
+        assert last is not None and last["numbers"].tolist() == [[float(number)] for number in range(60, 80)]
+
+    model = Halves(inline=True)
+    running(model, scenario)
+    assert len(model.calls) == 1
 
 
 def test_a_big_request_goes_to_the_thread_and_small_ones_pass_it() -> None:

@@ -1,0 +1,1 @@
+"""What `benchmarks.rollout` does to an installation."""
