@@ -218,10 +218,11 @@ class ProcessTarget:
         await_ready(endpoint, timeout_seconds, death, lambda: self._tail(name), f"see {self._log(name)}")
 
     def revive(self, name: str) -> None:
-        with self._locked():
-            self._load(name)
         process = self._supervisor.process(name)
-        if process is not None and process.is_down:
+        if process is None:
+            with self._locked():
+                self._load(name)
+        elif process.is_down:
             self._supervisor.start(name)
 
     def stop(self, name: str, drain_seconds: float = 30.0) -> None:

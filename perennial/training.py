@@ -128,8 +128,11 @@ def compile_model(
     if not plan_file.is_file():
         raise ChildFailed(f"compiling wrote no {contract.PLAN_FILE}", "a plan, whatever the model")
     plan = msgspec.json.decode(plan_file.read_bytes(), type=contract.Plan)
-    if plan.path == "compiled" and not (output / contract.ONNX_FILE).is_file():
-        raise ChildFailed(f"compiling wrote no {contract.ONNX_FILE}", "the model that its plan speaks of")
+    wanted = [contract.ONNX_FILE] if plan.path == "compiled" else []
+    wanted += [contract.TREES_FILE] if plan.trees_from_rows else []
+    for name in wanted:
+        if not (output / name).is_file():
+            raise ChildFailed(f"compiling wrote no {name}", "the model that its plan speaks of")
     return output, plan
 
 

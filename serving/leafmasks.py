@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 LARGEST_MASKS = 2_000_000  # bytes, in every worker; more would not stay in the processor's cache either
-# Fitted to models of 5 to 400 trees of 8 and 31 leaves over 2 to 60 columns.
+# Set by hand from measurements on models of 5 to 400 trees of 8 and 31 leaves over 2 to 60 columns.
 CALL_NS, COLUMN_NS = 18_000, 1_000  # of a call through the masks
 BRANCH_NS, GATHERED_NS = 6.0, 1.5  # of a row through onnxruntime
 SEARCHED_NS, MASK_BYTE_NS, LEAF_NS = 40.0, 0.05, 1.5  # of a row through the masks

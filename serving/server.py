@@ -71,14 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def usable_cpus() -> int:
-    """CPUs that this process may use: of its affinity, and of its control group's quota."""
+def usable_cpus(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPUs that this process may use: of its affinity, and of its control group's quota (version 2 or 1)."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cpus, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no control group, or no limit ("max")
-        return cpus
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((groups / file).read_text() for file in files).split()
+            if int(quota) > 0:
+                return max(1, min(cpus, round(int(quota) / int(period))))
+        except (OSError, ValueError):  # no such control group, or no limit ("max")
+            continue
+    return cpus
 
 
 def _reserve(host: str, port: int) -> socket.socket:

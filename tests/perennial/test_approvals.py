@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from perennial import approval_page, approvals
+from perennial import approval_page, approvals, source
 from perennial.approval_page import Material
 from perennial.approvals import Request
-from perennial.errors import ReleaseError
+from perennial.errors import ProjectError, ReleaseError
 from perennial.journal import Journal, open_journal
 from perennial.store import Store, open_store
 from perennial.values import (
@@ -25,8 +25,10 @@ from perennial.values import (
     Release,
     Rollouts,
     ServiceLimits,
+    Source,
     Verdict,
 )
+from tests.factories import make_project
 from tests.installations import own_settings
 from tests.releases import SHA, a_release, an_artifact
 
@@ -200,6 +202,19 @@ def test_the_page_says_what_was_measured_and_what_would_change(journal: Journal,
         "the same: known on (2024-06-01)",
     ):
         assert words in page, page
+
+
+def test_the_commits_between_two_releases_are_named(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "repository")
+    old = Source(project="toy", repository=project.url, git_sha=project.sha)
+    for subject in ("say more", "say even more"):
+        project.commit(subject, {"README.md": subject})
+    new = old.model_copy(update={"git_sha": project.sha})
+    named = [line.partition(" ")[2] for line in source.subjects(old, new)]
+    assert named == ["say even more", "say more"]
+    assert source.subjects(new, old) == [], "what it goes back to has nothing that it has not"
+    with pytest.raises(ProjectError):
+        source.subjects(old.model_copy(update={"git_sha": "f" * 40}), new)
 
 
 def test_the_page_of_a_first_release_has_nothing_to_compare_with(journal: Journal, tmp_path: Path) -> None:

@@ -107,7 +107,8 @@ def test_workers_killed_under_load_lose_no_logged_answer_but_those_of_the_last_f
             before = [kill - answered[name] for kill in kills if kill > answered[name] - 0.1]
             assert before and min(before) < FLUSH_SECONDS + 0.5, f"{name}: no kill had just followed"
         assert not list(service.spool.rglob("*.arrows"))
-        assert max(memory) < 1.3 * min(memory)
+        # Flat: no more after the later kills than after the earlier ones, when all had been in use once.
+        assert max(memory[KILLS // 2 :]) < 1.3 * max(memory[: KILLS // 2]), memory
 
 
 def test_workers_die_with_their_parent(moody: Toy, tmp_path: Path) -> None:
