@@ -23,6 +23,7 @@ Say = Callable[[str], None]
 
 _LOOK_SECONDS = 2.0
 _PROOF_SECONDS = 5.0
+_WARM_UP_REQUESTS, _WARM_UP_SECONDS = 20, 3.0
 _SAY_SECONDS = 15.0
 _PAST = timedelta(hours=1)  # of the active release's predictions, to compare with
 
@@ -66,6 +67,7 @@ class Watch:
         self._active_id = state.active
         self._golden = proof.golden_rows(folder)
         self._pid = self._candidate().pid
+        self._warm_up()
         self._began = self._proven = self._said = time.monotonic()
         self._from = self._logged_until = _settled()
         self._before = self._counters()
@@ -120,6 +122,14 @@ class Watch:
         )
         found = predictions.shadow_differences(active, shadow, parity.tolerance_of(self._release))
         return {"name": "answers beside the active release's", **found._asdict()}
+
+    def _warm_up(self) -> None:
+        """A process is slow at its first requests, in each of its workers: users need not make them."""
+        until = time.monotonic() + _WARM_UP_SECONDS
+        for _ in range(_WARM_UP_REQUESTS):
+            proof.check_parity(self._candidate().endpoint, self._golden, self._release)
+            if time.monotonic() > until:
+                return
 
     def _check(self, verdict: CanaryVerdict) -> None:
         if verdict.verdict == "withdraw":

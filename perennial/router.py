@@ -270,8 +270,8 @@ def _service_routes(
             "retry_on": "connect-failure,refused-stream,reset-before-request,reset,retriable-status-codes",
             # What a candidate with a share fails is asked of the active release, and no user sees it.
             "retriable_status_codes": [500, 502, 503, 504] if len(sharing) > 1 else [503],
-            # Some five seconds: what a killed process that has nobody beside it needs to be back.
-            "num_retries": 25,
+            # Alone, some five seconds: what a killed process needs to be back.
+            "num_retries": 4 if len(sharing) > 1 else 25,
             "retry_back_off": {"base_interval": "0.010s", "max_interval": "0.500s"},
             "retry_host_predicate": [
                 {
@@ -333,7 +333,8 @@ def _cluster(name: str, endpoints_file: Path) -> JsonObject:
         # An endpoint that is taken out is out at once; what it is still answering goes on.
         "ignore_health_on_host_removal": True,
         # Only when not a single endpoint is healthy is traffic sent to unhealthy ones: better than none.
-        "common_lb_config": {"healthy_panic_threshold": {"value": 1.0}},
+        # And what becomes healthy, or weighs something else, does so at once: not collected for a second.
+        "common_lb_config": {"healthy_panic_threshold": {"value": 1.0}, "update_merge_window": "0s"},
         "health_checks": [
             {
                 "timeout": "2s",

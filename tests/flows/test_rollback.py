@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import subprocess
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from perennial import leases, reconcile, rollout, router
+from perennial import artifacts, leases, reconcile, registry, releases, rollout, router
 from perennial.errors import RolloutError
 from perennial.journal import Decision
 from perennial.service_state import state_in
@@ -43,14 +44,18 @@ class Till:
 
 
 @pytest.fixture(scope="module")
-def till(house: House, enabled: MakeProject) -> Till:
-    project = enabled(Till.name)
-    old = house.build(Till.name)
-    assert old.kind == "COMPLETED", old.message
-    project.commit("say more", {"README.md": "Will this visitor buy?\n"})
-    new = house.build(Till.name)
-    assert new.kind == "COMPLETED", new.message
-    till = Till(house, old.result, new.result)
+def till(house: House, enabled: MakeProject, tmp_path_factory: pytest.TempPathFactory) -> Till:
+    enabled(Till.name)
+    built = house.build(Till.name)
+    assert built.kind == "COMPLETED", built.message
+    old: Release = built.result
+    # The same files under another id: all that a second build of the same model would add.
+    changes = {"release_id": f"{Till.name}-{'e' * 12}", "created_at": old.created_at + timedelta(minutes=1)}
+    new = releases.write(house.store, house.journal, old.model_copy(update=changes))
+    folder = tmp_path_factory.mktemp("model")
+    model = artifacts.open_local(house.store, new.model.artifact, folder)
+    registry.register(house.settings.mlflow_url, new, model, None)
+    till = Till(house, old, new)
     till.deploy(till.old)
     return till
 

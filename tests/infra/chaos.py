@@ -166,7 +166,7 @@ class World:
         return found
 
     def settled(self) -> list[str]:
-        """The disagreements that stay: who was killed is started again within seconds, by whoever watches it."""
+        """The disagreements that stay: who was killed is started again within seconds."""
         deadline = time.monotonic() + SETTLING_SECONDS
         while (found := self.disagreements()) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -330,6 +330,14 @@ class Accident:
     @property
     def consistent(self) -> bool:
         return not self.disagreements and self.again == "promoted"
+
+    def __str__(self) -> str:
+        back = f", {self.recovery_seconds:.2f} s" if self.recovery_seconds is not None else ""
+        wrong = f" INCONSISTENT {self.disagreements} {self.again}" if not self.consistent else ""
+        said = (
+            f"{self.victim:<14} {self.point}: {self.active}, {len(self.failures)} of {self.requests} failed"
+        )
+        return said + back + wrong
 
 
 POLICIES = {"canary": CANARY, "blue-green": BLUE_GREEN, "all-at-once": AT_ONCE}

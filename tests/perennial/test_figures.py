@@ -56,7 +56,6 @@ def serve(target: ProcessTarget, here: Settings, letter: str, weight: int = 1, *
 
 def route(here: Settings, *endpoints: Endpoint) -> None:
     router.apply(here, {"test": {"toy": endpoints}})
-    time.sleep(1.1)  # Envoy's workers are told of a new endpoint's health up to a second later (merge window)
 
 
 def read(here: Settings, *endpoints: Endpoint) -> list[Counters]:
