@@ -121,7 +121,8 @@ def _differences(release: Release, material: Material) -> list[str]:
     """What would change, against what serves now; of a first release, what it is made of."""
     active, new = material.active, _facts(release)
     if active is None:
-        return [f"- {name}: {fact}" for name, fact in new.items()]
+        made_of = {"code": f"`{release.source.git_sha[:12]}`", "Python": release.environment.python, **new}
+        return [f"- {name}: {fact}" for name, fact in made_of.items()]
     old = _facts(active)
     changes = [f"- **{name}**: {old[name]} → {new[name]}" for name in new if old[name] != new[name]]
     same = [f"{name} ({new[name]})" for name in new if old[name] == new[name]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import platform
 import re
 import shutil
@@ -58,6 +59,7 @@ def make(
     interpreter = python_of(environment, environments)
     folder = interpreter.parents[1]
     if (folder / _COMPLETE).is_file():
+        os.utime(folder)  # asked for now (see caches.py)
         return interpreter
     if environment.python != PYTHON:
         raise InstallationError(

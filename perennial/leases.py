@@ -74,9 +74,7 @@ def let_go(project: str = "", environment: str = "") -> None:
         held = _held.pop(key, None)
         if held is None:
             continue
-        held.ended.set()
-        with suppress(InstallationError):  # the database is away: the lease expires by itself
-            held.journal.give_back(held.lease)
+        _give_back(held)
 
 
 @contextmanager
@@ -91,15 +89,22 @@ def briefly(journal: Journal, project: str, environment: Environment, what: str)
     except LeaseHeld:
         yield None
         return
+    taken = _Held(journal, lease, threading.Event())
+    threading.Thread(target=_renew, args=(taken,), name=f"lease {project}", daemon=True).start()
     try:
         yield lease
     finally:
-        with suppress(InstallationError):
-            journal.give_back(lease)
+        _give_back(taken)
 
 
 def myself(what: str) -> Holder:
     return Holder(host=socket.gethostname(), pid=os.getpid(), started=started_at(os.getpid()), what=what)
+
+
+def _give_back(held: _Held) -> None:
+    held.ended.set()
+    with suppress(InstallationError):  # the database is away: the lease expires by itself
+        held.journal.give_back(held.lease)
 
 
 def _renew(held: _Held) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import tempfile
@@ -68,6 +69,7 @@ def check_out(source: Source, checkouts: Path) -> Path:
                 raise
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
+    os.utime(folder)  # asked for now (see caches.py)
     project = (folder / source.subdirectory).resolve()
     if not project.is_relative_to(folder.resolve()) or not project.is_dir():
         raise ProjectError(

@@ -37,7 +37,7 @@ class Whole:
     def __init__(self, here: Settings) -> None:
         self.here = here
         self.world = World(here)
-        # Production has another champion: what the toy releases of the test environment are, MLflow knows not.
+        # Production has a champion: MLflow, which knows none of these releases, is not asked to name one.
         champion = self.world.release()
         self.world.journal.decide(
             project="toy", environment="production", kind="promoted", release_id=champion.release_id

@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from perennial import artifacts, environments, image_context, images, leases
-from perennial.errors import InstallationError, PerennialError
+from perennial.errors import PerennialError
 from perennial.journal import Journal, open_journal
 from perennial.probe import probe
 from perennial.reconcile import reconcile
@@ -122,12 +122,16 @@ class World:
         """Of all decisions."""
         return [decision.kind for decision in self.journal.decisions(self.project, "test")]
 
-    def routed(self) -> dict[str, tuple[int, int]]:
+    def ports(self) -> dict[int, str]:
+        """port → release id, of what runs"""
+        return {i.endpoint.port: release_id for release_id, i in self.instances().items()}
+
+    def routed(self, ports: dict[int, str] | None = None) -> dict[str, tuple[int, int]]:
         """Who is in the router, as Envoy says: release id → (priority, weight). Ports that nobody has too."""
         answer = probe(f"{self.here.router_admin_url}/clusters?format=json")
         if answer is None or answer.status != 200:
             return {}
-        owner = {i.endpoint.port: release_id for release_id, i in self.instances().items()}
+        owner = self.ports() if ports is None else ports
         found = {}
         for cluster in answer.json().get("cluster_statuses", []):
             if cluster["name"] != cluster_name("test", self.project):
@@ -147,7 +151,7 @@ class World:
         state = state_in(self.journal, self.project, "test")
         roles = state.roles(datetime.now(UTC))
         found = []
-        if state.candidate is not None:
+        if state.candidate is not None and not state.asked:
             found.append(f"the journal has a candidate still: {state.candidate}")
         instances = self.instances()
         if instances.keys() != roles.keys():
@@ -157,7 +161,11 @@ class World:
             found.append(f"down: {down}")
         routed = self.routed()
         places = {release_id: priority for release_id, (priority, _) in routed.items()}
-        wanted = {release_id: int(role is not Role.ACTIVE) for release_id, role in roles.items()}
+        wanted = {
+            release_id: int(role is Role.WARM)
+            for release_id, role in roles.items()
+            if role is not Role.CANDIDATE
+        }
         if places != wanted:
             found.append(f"the router has {routed}, the journal {wanted}")
         answers = {self.ask() for _ in range(8)}
@@ -171,6 +179,11 @@ class World:
         while (found := self.disagreements()) and time.monotonic() < deadline:
             time.sleep(0.1)
         return found
+
+    def kill(self, release_id: str) -> None:
+        """`kill -9` of the process of a release, also of one in a container."""
+        with suppress(ProcessLookupError):
+            os.kill(self.instances()[release_id].pid, signal.SIGKILL)
 
     def stop(self) -> None:
         """Take the service down for good."""
@@ -319,6 +332,7 @@ class Accident:
 
     point: Point
     victim: str
+    expected: str = "promoted"  # how the deploy ends when nobody is killed
     outcome: str = ""  # how the rollout ended
     active: str = ""  # old or new
     disagreements: list[str] = field(default_factory=list)
@@ -329,7 +343,7 @@ class Accident:
 
     @property
     def consistent(self) -> bool:
-        return not self.disagreements and self.again == "promoted"
+        return not self.disagreements and self.again == self.expected
 
     def __str__(self) -> str:
         back = f", {self.recovery_seconds:.2f} s" if self.recovery_seconds is not None else ""
@@ -340,14 +354,23 @@ class Accident:
         return said + back + wrong
 
 
-POLICIES = {"canary": CANARY, "blue-green": BLUE_GREEN, "all-at-once": AT_ONCE}
+# What is deployed, by what it is for: the policy, the service's options, and how it ends.
+_LONG_STEP = CANARY | {"steps": (50,), "bake_seconds": 20.0}
+_SHORT_STEP = CANARY | {"steps": (50,), "bake_seconds": 0.2, "max_wait_seconds": 0.1}
+PLANS: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
+    "canary": (CANARY, (), "promoted"),
+    "blue-green": (BLUE_GREEN, (), "promoted"),
+    "all-at-once": (AT_ONCE, (), "promoted"),
+    "harmful canary": (_LONG_STEP, ("--turns", "errors", "--after", "5"), "withdrawn"),
+    "hasty canary": (_SHORT_STEP, (), "insufficient evidence"),
+}
 
 
 def points(world: World, drivers: Drivers, strategy: str) -> list[Point]:
-    """The points of a strategy's rollout, found by carrying one out."""
-    drivers.begin(world, world.release(**POLICIES[strategy]))
-    outcome = drivers.end()
-    assert outcome == "promoted", outcome
+    """The points of a plan's rollout, found by carrying one out."""
+    policy, options, _ = PLANS[strategy]
+    drivers.begin(world, world.release(*options, **policy))
+    drivers.end()
     return [
         Point(strategy, number, when, kind)
         for number, kind in enumerate(drivers.wrote, 1)
@@ -360,9 +383,9 @@ def happen(world: World, drivers: Drivers, load: Load, point: Point, victim: str
 
     None where there is nobody to kill: no candidate runs yet.
     """
-    found = Accident(point, victim)
-    new = world.release(**POLICIES[point.strategy])
-    old = world.active()
+    policy, options, expected = PLANS[point.strategy]
+    found = Accident(point, victim, expected)
+    new, old = world.release(*options, **policy), world.active()
     load.since()
     drivers.begin(world, new, (point.number, point.when))
     kind = drivers.stopped()
@@ -378,24 +401,19 @@ def happen(world: World, drivers: Drivers, load: Load, point: Point, victim: str
         if victim == "envoy":
             found.recovery_seconds = _kill_envoy(world, load, found)
         else:
-            instance = world.instances()[new.release_id if victim == "candidate" else str(old)]
-            with suppress(ProcessLookupError):
-                os.kill(instance.pid, signal.SIGKILL)
+            world.kill(new.release_id if victim == "candidate" else str(old))
         drivers.go_on()
         found.outcome = drivers.end()
     world.reconcile()
     found.disagreements = world.settled()
     found.active = {old: "old", new.release_id: "new"}.get(world.active(), str(world.active()))
     if victim == "driver":
-        expected = "new" if (point.kind, point.when) == ("promoted", "after") else "old"
-        if found.active != expected:
-            found.disagreements.append(f"the {found.active} release is active, not the {expected} one")
-    try:
-        found.again = world.deploy(new)
-    except PerennialError as error:
-        found.again = str(error)
+        right = "new" if (point.kind, point.when) == ("promoted", "after") else "old"
+        if found.active != right:
+            found.disagreements.append(f"the {found.active} release is active, not the {right} one")
+    found.again = _again(world, new)
     found.disagreements += [f"after the second deploy: {said}" for said in world.settled()]
-    if world.active() != new.release_id:
+    if world.active() != (new.release_id if expected == "promoted" else old):
         found.disagreements.append(f"the second deploy left {world.active()} active")
     came = load.since()
     found.requests += came["requests"]
@@ -403,18 +421,51 @@ def happen(world: World, drivers: Drivers, load: Load, point: Point, victim: str
     return found
 
 
+def reconciler_dies(world: World, drivers: Drivers, load: Load, when: str) -> Accident:
+    """Kill a deploy in its middle, then the reconciler before or after its own write, and reconcile again."""
+    found = Accident(Point("reconcile", 1, when, "withdrawn"), "driver", "promoted")
+    new, old = world.release(**CANARY), world.active()
+    load.since()
+    drivers.begin(world, new, (3, "after"))
+    drivers.stopped()
+    drivers.kill()
+    drivers.begin(world, None, (1, when))
+    drivers.stopped()
+    drivers.kill()
+    found.outcome = "killed"
+    world.reconcile()
+    found.disagreements = world.settled()
+    found.active = "old" if world.active() == old else str(world.active())
+    found.again = _again(world, new)
+    found.disagreements += [f"after the second deploy: {said}" for said in world.settled()]
+    came = load.since()
+    found.requests, found.failures = came["requests"], came["failures"]
+    return found
+
+
+def _again(world: World, release: Release) -> str:
+    """The same deploy, once more."""
+    try:
+        return world.deploy(release)
+    except PerennialError as error:
+        last = world.journal.decisions(world.project, "test")[-1]
+        withdrawn = (last.kind, last.release_id) == ("withdrawn", release.release_id)
+        return "withdrawn" if withdrawn else str(error)
+
+
 def _kill_envoy(world: World, load: Load, found: Accident) -> float:
     """Kill the router; seconds until requests succeed and it has the weights that it had."""
     process = Supervisor(world.here).process("envoy")
     assert process is not None
-    before, killed = world.routed(), time.monotonic()
+    # Not to be asked of supervisord: each question makes it look at its processes sooner.
+    ports = world.ports()
+    before, killed = world.routed(ports), time.monotonic()
     os.kill(process.pid, signal.SIGKILL)
     right, deadline = 0.0, killed + PATIENCE_SECONDS
     while not right:
         if time.monotonic() > deadline:
             raise Hung(f"Envoy has not come back with {before}: {world.routed()}")
-        with suppress(InstallationError):
-            right = time.monotonic() if world.routed() == before else 0.0
+        right = time.monotonic() if world.routed(ports) == before else 0.0
         time.sleep(0.02)
     time.sleep(0.5)
     came = load.since()

@@ -28,6 +28,8 @@ SAMPLE = [
     ("all-at-once", 2, "after", "step", "envoy"),
     ("canary", 3, "after", "step", "driver"),
     ("canary", 4, "before", "step", "candidate"),
+    ("harmful canary", 4, "before", "withdrawn", "driver"),
+    ("hasty canary", 4, "after", "asked", "driver"),
 ]
 IN_CONTAINERS = [
     ("blue-green", 2, "after", "step", "active"),
@@ -87,8 +89,15 @@ def test_containers_agree_as_well(containers: World, drivers: Drivers, point: Po
         holds(chaos.happen(containers, drivers, load, point, victim))
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_reconciler_that_is_killed_is_finished_by_the_next(
+    world: World, drivers: Drivers, load: Load, when: str
+) -> None:
+    holds(chaos.reconciler_dies(world, drivers, load, when))
+
+
 def holds(found: chaos.Accident | None) -> None:
     assert found is not None, "there was nobody to kill"
     assert found.disagreements == []
-    assert found.again == "promoted"
+    assert found.again == found.expected
     assert found.failures == [] and found.requests > 0

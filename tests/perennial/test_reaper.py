@@ -14,15 +14,16 @@ from typing import Any
 
 import pytest
 
-from perennial import caches, leases, leftovers, reaper, rollout, router, strays
+from perennial import caches, leases, leftovers, reaper, releases, rollout, router, strays
 from perennial.__main__ import main
 from perennial.journal import Holder, Journal, open_journal, started_at
 from perennial.service_state import state_in
 from perennial.settings import Settings, settings
+from perennial.store import open_store
 from perennial.targets import ProcessTarget
 from perennial.values import Release
 from tests.installations import call, instance, own_settings, running, until
-from tests.releases import a_release
+from tests.releases import a_release, a_stored_release
 
 DAY = 86_400.0
 A, B, C = ("toy-" + letter * 12 for letter in "abc")
@@ -237,6 +238,16 @@ def test_what_was_asked_for_today_stays(world: World, old: Caches) -> None:
     assert {str(one.path.relative_to(old.root)) for one in listed} == set(old.names("a"))
     os.utime(listed[0].path)  # a deploy begins to use it, between the look and the deed
     assert [unneeded.remove() for unneeded in listed] == [False, True, True, True]
+
+
+def test_to_ask_for_a_folder_is_to_keep_it(tmp_path: Path) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    release = a_stored_release(store, tmp_path)
+    folder = releases.materialise(store, release, tmp_path / "releases")
+    os.utime(folder, times=(time.time() - 10 * DAY,) * 2)
+    [old] = caches.unneeded(tmp_path, (), ())
+    assert releases.materialise(store, release, tmp_path / "releases") == old.path
+    assert not old.remove() and list(caches.unneeded(tmp_path, (), ())) == []
 
 
 def test_what_somebody_is_making_or_rolling_out_stays(world: World, old: Caches) -> None:

@@ -1,4 +1,4 @@
-"""Python reads this at its start where this folder is on PYTHONPATH: a flow run stops at a write to the journal.
+"""Read by Python at its start where PYTHONPATH names this folder: a run stops at a write to the journal.
 
 PERENNIAL_BENCH_STOP names a folder, PERENNIAL_BENCH_KIND the kind of the decision after which the first run
 to come there writes its process id to `stopped` and waits for `go`.
