@@ -51,6 +51,7 @@ OF_IMAGES = {  # as benchmarks.image calls them
     "container_start_seconds": "first_answer_seconds",
 }
 CONTAINER_RATE = 150  # requests per second
+CONTAINER_DEPLOYS = 20
 DEPLOYS = 200
 
 
@@ -62,6 +63,7 @@ def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     accidents: list[Accident] = []
+    rounds: list[Deploys] = []
     values: dict[str, float] = {}
     for name in chosen.only:
         began = time.monotonic()
@@ -70,21 +72,21 @@ def main() -> None:
             case "processes":
                 accidents += _of_processes()
             case "deploys":
-                values |= _of_deploys(chosen.deploys)
+                rounds.append(_of_deploys(chosen.deploys))
+            case "containers":
+                _of_containers(accidents, rounds)
             case "prefect":
                 accidents += _of_prefect()
-            case "containers":
-                accidents += _of_containers()
             case "images":
-                values |= _of_images()
+                values = _of_images()
         print(f"({time.monotonic() - began:.0f} s)")
-    _report(_of_accidents(accidents) | values)
+    _report(_about_accidents(accidents) | _about_deploys(rounds) | values)
 
 
 PARTS = {
     "processes": "kills in the middle of rollouts, services as processes",
     "deploys": "deploys and rollbacks one after the other",
-    "containers": "kills in the middle of rollouts, services as containers",
+    "containers": "both of these, services as containers",
     "prefect": "kills of flow run, worker and server",
     "images": "the image of the flights model (benchmarks.image)",
 }
@@ -100,35 +102,23 @@ def _of_prefect() -> list[Accident]:
         return whole.run(here)
 
 
-def _of_containers() -> list[Accident]:
+def _of_containers(accidents: list[Accident], rounds: list[Deploys]) -> None:
     try:
         with open_engine() as engine, _installation(["envoy"], target="docker") as here:
             world = World(here, engine=engine, image=service_image(engine, here.root / "work"))
             try:
-                return matrix.run(world, {"blue-green": 0}, CONTAINER_RATE)
+                accidents += matrix.run(world, {"blue-green": 0}, CONTAINER_RATE)
+                rounds.append(deploys.run(world, CONTAINER_DEPLOYS))
             finally:
                 world.stop()
                 world.remove_images()
     except InstallationError as error:
         print(f"left out: {error}")
-        return []
 
 
-def _of_deploys(count: int) -> dict[str, float]:
+def _of_deploys(count: int) -> Deploys:
     with _installation(["envoy"]) as here:
-        found: Deploys = deploys.run(World(here), count)
-    for failure in found.failures[:5]:
-        print(f"failed: {failure}")
-    for thing in found.leaked:
-        print(f"left over: {thing}")
-    worst, whole_ = max(found.switch_seconds), median(found.seconds)
-    print(f"{found.requests} requests; the slowest switch took {worst:.2f} s; a whole deploy {whole_:.2f} s")
-    return {
-        "deploys": found.done,
-        "failed_requests_deploys": len(found.failures),
-        "leaked_resources": len(found.leaked),
-        "blue_green_switch_seconds": median(found.switch_seconds),
-    }
+        return deploys.run(World(here), count)
 
 
 def _of_images() -> dict[str, float]:
@@ -150,7 +140,7 @@ def _installation(parts: Sequence[str], **more: Any) -> Iterator[Settings]:
             yield here
 
 
-def _of_accidents(accidents: Sequence[Accident]) -> dict[str, float]:
+def _about_accidents(accidents: Sequence[Accident]) -> dict[str, float]:
     if not accidents:
         return {}
     back = [a.recovery_seconds for a in accidents if a.recovery_seconds is not None]
@@ -165,6 +155,26 @@ def _of_accidents(accidents: Sequence[Accident]) -> dict[str, float]:
         print(f"the router was back after {min(back):.2f} to {max(back):.2f} s, median {median(back):.2f} s")
         values["router_recovery_seconds"] = max(back)
     return values
+
+
+def _about_deploys(rounds: Sequence[Deploys]) -> dict[str, float]:
+    if not rounds:
+        return {}
+    switches = [seconds for found in rounds for seconds in found.switch_seconds]
+    failures = [failure for found in rounds for failure in found.failures]
+    leaked = [thing for found in rounds for thing in found.leaked]
+    for said in (*failures[:5], *leaked):
+        print(f"not as it should be: {said}")
+    whole_ = median([seconds for found in rounds for seconds in found.seconds])
+    requests = sum(found.requests for found in rounds)
+    print(f"{requests} requests during the deploys, the median of which took {whole_:.2f} s")
+    print(f"a switch took {min(switches):.2f} to {max(switches):.2f} s")
+    return {
+        "deploys": sum(found.done for found in rounds),
+        "failed_requests_deploys": len(failures),
+        "leaked_resources": len(leaked),
+        "blue_green_switch_seconds": median(switches),
+    }
 
 
 def _report(values: dict[str, float]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from tasks import edge
-from tasks.tend import check_probation, reconcile_services, remove_leftovers, report_changes
+from tasks.tend import check_probation, end_expired, reconcile_services, remove_leftovers, report_changes
 
 
 @flow(flow_run_name="tend", persist_result=False)
@@ -14,5 +14,6 @@ def tend() -> None:
     """Bring router and services to the journal, look at releases on probation, remove leftovers."""
     reconciled = reconcile_services()
     taken_back = check_probation()
+    expired = end_expired()
     removed = remove_leftovers()
-    report_changes(reconciled, taken_back, removed)
+    report_changes(reconciled, taken_back, expired, removed)

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from perennial import analysis, environments, leases, proof, reconcile, releases, router
+from perennial import analysis, approvals, environments, leases, proof, reconcile, releases, router
 from perennial.analysis import Evidence
 from perennial.errors import PerennialError, ReleaseError, RolloutError
 from perennial.journal import Journal, Lease
@@ -43,8 +43,8 @@ def admit(journal: Journal, release: Release, environment: Environment) -> None:
     Where the project's policy requires it, an environment opens for an approval of exactly these digests, and
     for nothing else. A rollback to a release that was approved before waits for nobody.
     """
-    required = release.rollout.of(environment).approval == "required"
-    if not required or journal.approval(release, environment) is not None:
+    approvals.by_policy(journal, release, environment)
+    if not approvals.is_required(release, environment) or journal.approval(release, environment) is not None:
         return
     raise ReleaseError(
         f"nobody has approved {release.release_id} for {environment}",
@@ -85,11 +85,12 @@ def start(
     instance = reconcile.running(target, environment).get(release.release_id)
     up = instance is not None and instance.state in UP_STATES
     if state.active == release.release_id and instance is not None and up:
-        # Users are on it: whatever has changed around it, it is not restarted. It may be coming back by itself.
+        # Users are on it: whatever has changed around it, it is not restarted. It may be coming back itself.
         _wait_back(instance.endpoint, release.service.ready_timeout_seconds)
         return instance.endpoint
     warm = up and state.roles(datetime.now(UTC)).get(release.release_id) is Role.WARM
     if state.active != release.release_id and not _begun(state, release, lease):
+        admit(journal, release, environment)  # here too: a retried run has the steps before from its cache
         journal.decide(
             project=release.project,
             environment=environment,

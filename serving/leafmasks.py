@@ -137,19 +137,23 @@ def _column(source: Source, numbers: dict[str, int], lookups: dict[str, int]) ->
 
 
 def _thresholds(ensemble: Ensemble, branches: Sequence[Branch]) -> np.ndarray:
-    """Ascending, each once. The last is infinite: beyond it is only what is missing."""
+    """Ascending, each once. The last is infinite: beyond it is only what is missing.
+
+    HistGradientBoosting halves the way between two infinities at NaN, which no value is below.
+    """
     import numpy as np
 
     if any(ensemble.modes[branch.node] == MEMBER for branch in branches):
         raise NotCompilable("its trees have sets of numbers")
-    return np.unique([*(ensemble.splits[branch.node] for branch in branches), math.inf])
+    splits = [ensemble.splits[branch.node] for branch in branches]
+    return np.unique([*(split for split in splits if not math.isnan(split)), math.inf])
 
 
 def _failed(ensemble: Ensemble, branch: Branch, thresholds: np.ndarray) -> np.ndarray:
     """For which of a number's values a branch is false: by thresholds that are not below it, then missing."""
     import numpy as np
 
-    failed = np.append(thresholds > ensemble.splits[branch.node], False)
+    failed = np.append(~(thresholds <= ensemble.splits[branch.node]), False)
     failed[-1] = not ensemble.missing_to_true[branch.node]
     return failed
 

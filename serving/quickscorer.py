@@ -27,6 +27,16 @@ if TYPE_CHECKING:
 DE_BRUIJN = {16: 0x09AF, 32: 0x077CB531, 64: 0x03F79D71B4CB0A89}
 MOST_ROWS = 256  # of a pass: with more, its arrays leave the cache
 MEANT = "what `serving.compiler` wrote; build the release again"
+ARRAYS = {  # kind and dimensions
+    "numbers": "i1",
+    "lookups": "i1",
+    "thresholds": "f1",
+    "counts": "i1",
+    "masks": "u2",
+    "leaves": "f2",
+    "narrow": "b0",
+    "rest": "u1",
+}
 
 Load = Callable[[bytes, Path], Any]
 
@@ -41,14 +51,18 @@ class QuickScorer:
     `leaves` float64 [t, b], `narrow`: compare 32-bit numbers,
     `rest`: the graph of what comes after the trees; its input `trees` [rows, 1] is their sums.
 
-    Raises `ContractError` for a file that is not of the plan.
+    Raises `ContractError` for a file that is not of the plan. It takes no more memory than a few times its
+    size, and nothing of it is unpickled.
     """
 
     def __init__(self, path: Path, plan: Plan, load: Load) -> None:
         import numpy as np
 
         try:
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+            content = path.read_bytes()
+            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                if sum(member.file_size for member in arrays.zip.infolist()) > len(content):
+                    raise ValueError("they are compressed")
                 self._prepare(dict(arrays), plan)
         except Exception as error:  # numpy and zipfile have no common base of their own
             raise ContractError(f"unreadable trees ({error})", MEANT, str(path)) from error
@@ -57,6 +71,12 @@ class QuickScorer:
         if not self._feeds <= {"trees", "numbers", "codes"}:
             raise ContractError(f"a graph of inputs {sorted(self._feeds)}", MEANT, str(path))
         self._run = getattr(session, "_sess", session).run
+        try:  # also, the first call takes longer than the others
+            said = self.predict(np.zeros((len(plan.numbers), 2)), np.zeros((len(plan.lookups), 2), np.int64))
+        except Exception as error:  # onnxruntime has an exception per status, with no common base of its own
+            raise ContractError(f"trees that predict nothing ({error})", MEANT, str(path)) from error
+        if said.shape != (2,) or said.dtype != np.float64:
+            raise ContractError(f"predictions {said.dtype} {said.shape} of two rows", MEANT, str(path))
 
     def predict(self, numbers: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """float64 [rows], of the plan's columns: float64 [numbers, rows] and int64 [lookups, rows]. Rows > 1.
@@ -107,10 +127,13 @@ class QuickScorer:
     def _prepare(self, arrays: dict[str, np.ndarray], plan: Plan) -> None:
         import numpy as np
 
+        found = {name: f"{array.dtype.kind}{array.ndim}" for name, array in arrays.items()}
+        if found != ARRAYS:
+            raise ValueError(f"arrays {found}")
         masks, leaves = arrays["masks"], arrays["leaves"]
         trees, bits = leaves.shape
         kind = masks.dtype.type
-        if masks.dtype.itemsize * 8 != bits or masks.dtype.kind != "u" or masks.shape[1] != trees:
+        if masks.dtype.itemsize * 8 != bits or masks.shape[1] != trees:
             raise ValueError(f"masks of {masks.dtype} {masks.shape} for leaves {leaves.shape}")
         self._narrow = bool(arrays["narrow"])
         self._rest = arrays["rest"].tobytes()
@@ -129,11 +152,12 @@ class QuickScorer:
             taken, masks = masks[:count], masks[count:]
             return taken
 
-        thresholds = np.split(arrays["thresholds"], np.cumsum(arrays["counts"])[:-1])
+        *thresholds, beyond = np.split(arrays["thresholds"], np.cumsum(arrays["counts"]))
         numbers, lookups = arrays["numbers"].tolist(), arrays["lookups"].tolist()
         self._searched = [
             (position, own, rows_of(len(own) + 1)) for position, own in zip(numbers, thresholds, strict=True)
         ]
         self._looked_up = [(at, rows_of(len(plan.lookups[at].values) + 2)) for at in lookups]
-        if len(masks) or max(numbers, default=-1) >= len(plan.numbers):
+        places = {*numbers, *(len(plan.numbers) + at for at in lookups)}
+        if len(masks) or len(beyond) or not places <= set(range(len(plan.columns))):
             raise ValueError("columns of another plan")

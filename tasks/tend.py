@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import get_run_logger, task
 from prefect.artifacts import create_table_artifact
 
-from perennial import probation, reaper, reconcile
+from perennial import approvals, probation, reaper, reconcile
 from perennial.reaper import Found
 from perennial.settings import settings
 from perennial.targets import open_target
@@ -31,6 +31,12 @@ def check_probation() -> list[str]:
 
 
 @task(**_FORGOTTEN)
+def end_expired() -> list[str]:
+    """End the runs that wait for a person whose answer would come too late."""
+    return _said(approvals.end_expired(settings(), edge.journal()))
+
+
+@task(**_FORGOTTEN)
 def remove_leftovers() -> list[Found]:
     """Remove what no release that is kept, and no run, needs any more."""
     here = settings()
@@ -40,10 +46,13 @@ def remove_leftovers() -> list[Found]:
 
 
 @task(**_FORGOTTEN)
-def report_changes(reconciled: list[str], taken_back: list[str], removed: list[Found]) -> None:
+def report_changes(
+    reconciled: list[str], taken_back: list[str], expired: list[str], removed: list[Found]
+) -> None:
     """One table of all that was changed; nothing when nothing was."""
     rows = [{"kind": "reconciled", "name": line} for line in reconciled]
     rows += [{"kind": "probation", "name": line} for line in taken_back]
+    rows += [{"kind": "expired", "name": line} for line in expired]
     rows += reaper.table(removed)
     if not rows:
         get_run_logger().info("all is as the journal says, and nothing is left over")

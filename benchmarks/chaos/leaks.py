@@ -30,6 +30,7 @@ class Inventory:
         pids = marked(world.here.root)
         things.update(f"process {_command(pid)}" for pid in pids)
         things["ports"] = len(_listening(pids))
+        # Of containers also those that were made and do not run.
         things.update(f"instance {instance.endpoint.name}" for instance in world.target.instances())
         for path in world.here.root.rglob("*"):
             if path.is_file() and not path.name.endswith(_PASSING):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from tests.infra import chaos
 from tests.infra.chaos import AT_ONCE, VICTIMS, Accident, Drivers, Load, World
 
-RATE = 300  # requests per second
+RATE = 400  # requests per second
 
 # Plan → how many of its points come first in another plan as well, written by the same lines.
 ALL: Mapping[str, int] = {

@@ -423,8 +423,9 @@ def happen(world: World, drivers: Drivers, load: Load, point: Point, victim: str
 
 def reconciler_dies(world: World, drivers: Drivers, load: Load, when: str) -> Accident:
     """Kill a deploy in its middle, then the reconciler before or after its own write, and reconcile again."""
-    found = Accident(Point("reconcile", 1, when, "withdrawn"), "driver", "promoted")
-    new, old = world.release(**CANARY), world.active()
+    policy, _, expected = PLANS["hasty canary"]
+    found = Accident(Point("reconcile", 1, when, "withdrawn"), "driver", expected)
+    new, old = world.release(**policy), world.active()
     load.since()
     drivers.begin(world, new, (3, "after"))
     drivers.stopped()

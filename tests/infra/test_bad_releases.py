@@ -15,7 +15,7 @@ from tests.infra import chaos
 from tests.infra.chaos import BLUE_GREEN, CANARY, World
 from tests.installations import own_settings, running, until
 
-RATE = 150  # requests per second
+RATE = 400  # requests per second
 SHADOW = CANARY | {"strategy": "shadow", "steps": (99,)}
 PATIENT = {"max_wait_seconds": 120.0}
 

@@ -15,7 +15,7 @@ from tests.infra import chaos
 from tests.infra.chaos import AT_ONCE, Drivers, Load, Point, World
 from tests.installations import own_settings, running
 
-RATE = 150  # requests per second
+RATE = 400  # requests per second
 
 # strategy, number of the write, before or after it, its kind, victim
 SAMPLE = [
@@ -85,7 +85,7 @@ def test_all_agree_after_a_kill_and_the_same_deploy_converges(
 
 @pytest.mark.parametrize(("point", "victim"), [point(*each) for each in IN_CONTAINERS])
 def test_containers_agree_as_well(containers: World, drivers: Drivers, point: Point, victim: str) -> None:
-    with chaos.load(containers, RATE) as load:
+    with chaos.load(containers, RATE / 4) as load:
         holds(chaos.happen(containers, drivers, load, point, victim))
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from perennial import installation, leftovers, ports
 from perennial.errors import InstallationError
+from perennial.journal import open_journal
 from perennial.probe import probe
 from perennial.settings import Settings
 from perennial.supervision import Supervisor
@@ -52,6 +53,8 @@ def serve(here: Settings, *options: str) -> ProcessTarget:
     target = ProcessTarget(here)
     endpoint = target.start(instance(here, "a", *options))
     target.wait_ready(endpoint, 15.0)
+    decided = {"project": "toy", "environment": "test", "release_id": endpoint.release_id}
+    open_journal(here.database).decide(kind="promoted", **decided)  # else `up` would stop it
     return target
 
 
