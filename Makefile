@@ -34,7 +34,7 @@ demo: setup
 	$(python) -m deployments.demo
 
 test: setup
-	$(python) -m pytest
+	$(python) -m pytest -n 2 --dist loadfile
 
 check: setup
 	.venv/bin/ruff check

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 
 from scipy.special import bdtrc
 
-from perennial import analysis, reconcile, rollout
-from perennial.errors import RolloutError
+from perennial import analysis, leases, reconcile, rollout
+from perennial.errors import PerennialError, RolloutError
 from perennial.journal import Journal
 from perennial.service_state import ServiceState, state_in
 from perennial.settings import Settings
@@ -50,17 +50,18 @@ def watch(
     say: Say,
 ) -> Rollout:
     """Look until the probation is over, or another release serves. Raises RolloutError after a rollback."""
-    down = 0
+    said = False
     while True:
         state = state_in(journal, done.project, done.environment)
+        if state.promotion.get("rollback_of") == done.active:
+            raise _taken_back(done.active, done.environment, state.promotion.get("reason", ""), state.active)
         until = state.probation_until()
         if state.active != done.active or until is None or datetime.now(UTC) > until:
             return done
-        if not down:
+        if not said:
+            said = True
             say(f"on probation until {until:%H:%M:%S} UTC")
-        reason, is_down = _look(settings, target, done.project, done.environment, state)
-        down = down + 1 if is_down else 0
-        if reason and (not is_down or down >= _DOWN_LOOKS):
+        if reason := _look_again(settings, target, done.project, done.environment, state):
             _go_back(
                 settings, journal, target, store, variables, done.project, done.environment, state, reason
             )
@@ -70,7 +71,9 @@ def watch(
 def check(
     settings: Settings, journal: Journal, target: Target, store: Store, variables: dict[str, str]
 ) -> list[str]:
-    """One look at every service on probation, for those whose deploy died; returns what it did."""
+    """One look at every service on probation, for those whose deploy died; returns what it did, and where it
+    could not go back.
+    """
     now = datetime.now(UTC)
     done = []
     for project in journal.projects():
@@ -79,7 +82,7 @@ def check(
             until = state.probation_until()
             if until is None or now > until:
                 continue
-            reason, _ = _look(settings, target, project.name, environment, state)
+            reason = _look_again(settings, target, project.name, environment, state)
             if not reason:
                 continue
             try:
@@ -89,6 +92,20 @@ def check(
             except RolloutError as error:
                 done.append(error.found)
     return done
+
+
+def _look_again(
+    settings: Settings, target: Target, project: str, environment: Environment, state: ServiceState
+) -> str:
+    """Why the release should go back; a process that is down is looked at again before it counts."""
+    reason = ""
+    for number in range(_DOWN_LOOKS):
+        if number:
+            time.sleep(_LOOK_SECONDS)
+        reason, is_down = _look(settings, target, project, environment, state)
+        if not is_down:
+            break
+    return reason
 
 
 def _look(
@@ -121,12 +138,38 @@ def _go_back(
     state: ServiceState,
     reason: str,
 ) -> None:
+    """Raises RolloutError that says how it ended; nothing when somebody else was quicker."""
     assert state.active is not None
-    back = rollout.roll_back(
-        settings, journal, target, store, project, environment, reason=reason, variables=variables
-    )
-    raise RolloutError(
-        f"{state.active} was taken back from {environment} in its probation: {reason}",
-        f"no more failures than {back.active} had, which serves again",
-        f"see {settings.root / 'logs'}, mend the model, commit",
+    what = f"take {state.active} back from {environment}"
+    try:
+        leases.hold(journal, project, environment, what)
+        if state_in(journal, project, environment).active != state.active:
+            return
+        back = rollout.roll_back(
+            settings,
+            journal,
+            target,
+            store,
+            project,
+            environment,
+            state.previous,
+            reason=reason,
+            variables=variables,
+        )
+    except PerennialError as error:
+        raise RolloutError(
+            f"{state.active} does harm in {environment} ({reason}), and cannot be taken back: {error.found}",
+            error.expected,
+            error.next_command,
+        ) from error
+    finally:
+        leases.let_go(project, environment)
+    raise _taken_back(state.active, environment, reason, back.active)
+
+
+def _taken_back(release_id: str, environment: Environment, reason: str, back: str | None) -> RolloutError:
+    return RolloutError(
+        f"{release_id} was taken back from {environment} in its probation: {reason}",
+        f"no more failures than {back} had, which serves again",
+        "see its log, mend the model, commit",
     )

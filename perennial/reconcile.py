@@ -86,16 +86,21 @@ def route(
 ) -> None:
     """Write the router's files anew from the journal and what runs. Call it under `router.alone`.
 
-    `healthy`: whom Envoy must find healthy before this returns. Raises RolloutError when Envoy does not take
-    the files in; without `patient` it is left to take them in when it can.
+    `healthy`: whom Envoy must find healthy before this returns. Raises RolloutError when one of them does not
+    run, or Envoy does not take the files in; without `patient` it is left to take them in when it can.
     """
     routes = current_routes(journal, target)
-    needed = [
-        endpoint
-        for environment, project, release_id in healthy
-        for endpoint in routes.get(environment, {}).get(project, ())
-        if endpoint.release_id == release_id
-    ]
+    needed = []
+    for environment, project, release_id in healthy:
+        endpoints = routes.get(environment, {}).get(project, ())
+        found = [endpoint for endpoint in endpoints if endpoint.release_id == release_id]
+        if not found:
+            raise RolloutError(
+                f"{release_id} does not run in {environment} any more",
+                "the candidate that was started and proven",
+                "run the deploy again",
+            )
+        needed += found
     try:
         router.apply(settings, routes, healthy=needed)
     except RolloutError:
@@ -141,9 +146,14 @@ def stop_roleless(
     if others:
         with router.alone(settings):  # first out of the router: a warm one that stood by, for one
             route(settings, journal, target, patient=False)
+    stopped = []
     for instance in others:
-        target.stop(instance.endpoint.name, instance.drain_seconds)
-    return [instance.endpoint.name for instance in others]
+        # Anew for each: whoever slept past its lease must not stop what was given a role meanwhile.
+        roles = state_in(journal, project, environment).roles(datetime.now(UTC))
+        if instance.endpoint.release_id not in roles:
+            target.stop(instance.endpoint.name, instance.drain_seconds)
+            stopped.append(instance.endpoint.name)
+    return stopped
 
 
 def _services(journal: Journal, target: Target) -> list[tuple[str, Environment]]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from perennial import analysis, approvals, environments, leases, proof, reconcile, releases, router
+from perennial import analysis, approvals, environments, leases, proof, reconcile, releases, router, way_back
 from perennial.analysis import Evidence
 from perennial.errors import PerennialError, ReleaseError, RolloutError
 from perennial.journal import Journal, Lease
@@ -24,6 +24,7 @@ from perennial.store import Store
 from perennial.supervision import UP_STATES
 from perennial.targets import Instance, Target
 from perennial.values import (
+    ENVIRONMENTS,
     Endpoint,
     Environment,
     JsonObject,
@@ -54,13 +55,14 @@ def admit(journal: Journal, release: Release, environment: Environment) -> None:
 
 
 def policy_of(journal: Journal, release: Release, environment: Environment) -> RolloutPolicy:
-    """How this release comes to users: as its project says, but back at once to where they have been."""
+    """How this release comes to users: as its project says, but back at once to where they have been.
+
+    What was rolled back from is no such place: deployed again, it has to prove itself again.
+    """
     policy = release.rollout.of(environment)
-    been_there = any(
-        decision.release_id == release.release_id
-        for decision in journal.decisions(release.project, environment, ("promoted",))
-    )
-    if been_there:
+    promotions = journal.decisions(release.project, environment, ("promoted",))
+    active = promotions[-1].release_id if promotions else None
+    if release.release_id in (active, *way_back.earlier(promotions)):
         return policy.model_copy(update={"strategy": "blue-green", "probation_seconds": 0.0})
     return policy
 
@@ -84,6 +86,8 @@ def start(
     state = state_in(journal, release.project, environment)
     instance = reconcile.running(target, environment).get(release.release_id)
     up = instance is not None and instance.state in UP_STATES
+    if state.active == release.release_id and state.candidate is not None and not state.asked:
+        _abandon(settings, journal, target, release, environment, lease, state.candidate)
     if state.active == release.release_id and instance is not None and up:
         # Users are on it: whatever has changed around it, it is not restarted. It may be coming back itself.
         _wait_back(instance.endpoint, release.service.ready_timeout_seconds)
@@ -306,6 +310,57 @@ def roll_back(
     return done
 
 
+def restore(
+    settings: Settings, journal: Journal, target: Target, store: Store, variables: dict[str, str]
+) -> list[str]:
+    """Start what should serve and cannot be revived: its instance, or what it is started from, is gone.
+
+    Returns what it did, and what it could not do, in words. A service that is being rolled out is left alone.
+    """
+    done = []
+    for project in journal.projects():
+        for environment in ENVIRONMENTS:
+            active = state_in(journal, project.name, environment).active
+            host = leases.myself("").host
+            if active is None or _is_up(target, environment, active):
+                continue
+            if journal.holder(project.name, environment, host) is not None:
+                continue
+            try:
+                _restore(settings, journal, target, store, variables, project.name, environment, active)
+                done.append(f"started {active} in {environment} anew: it was gone")
+            except PerennialError as error:
+                done.append(f"{active} should serve in {environment}, and cannot be started: {error.found}")
+            finally:
+                leases.let_go(project.name, environment)
+    return done
+
+
+def _restore(
+    settings: Settings,
+    journal: Journal,
+    target: Target,
+    store: Store,
+    variables: dict[str, str],
+    project: str,
+    environment: Environment,
+    active: ReleaseId,
+) -> None:
+    leases.hold(journal, project, environment, f"start {active} in {environment} anew")
+    release = releases.find(journal, project, active)
+    folder = releases.materialise(store, release, settings.root / "releases")
+    image = target.prepare(release, folder, store)
+    if state_in(journal, project, environment).active == active:  # still, with the lease held
+        endpoint = start(settings, journal, target, release, environment, folder, variables, image)
+        prove(settings, journal, target, release, environment, endpoint, folder)
+        switch(settings, journal, target, release, environment)
+
+
+def _is_up(target: Target, environment: Environment, release_id: ReleaseId) -> bool:
+    instance = reconcile.running(target, environment).get(release_id)
+    return instance is not None and instance.state in UP_STATES
+
+
 def _served_before(
     journal: Journal, project: str, environment: Environment, release_id: ReleaseId | None
 ) -> Release:
@@ -340,6 +395,28 @@ def _wait_back(endpoint: Endpoint, timeout_seconds: float) -> None:
 def _begun(state: ServiceState, release: Release, lease: Lease) -> bool:
     """Whether this very rollout has begun already: an earlier one's shares are not taken over."""
     return state.candidate == release.release_id and state.begun.get("lease") == lease.token
+
+
+def _abandon(
+    settings: Settings,
+    journal: Journal,
+    target: Target,
+    release: Release,
+    environment: Environment,
+    lease: Lease,
+    candidate: ReleaseId,
+) -> None:
+    """End a rollout that died, where no candidate of ours takes its place."""
+    journal.decide(
+        project=release.project,
+        environment=environment,
+        kind="withdrawn",
+        release_id=candidate,
+        payload={"reason": f"its rollout died, and {release.release_id} was deployed again"},
+        lease=lease,
+    )
+    with router.alone(settings):
+        reconcile.route(settings, journal, target)
 
 
 def _begin(
@@ -424,6 +501,11 @@ def _withdrawing(
     try:
         yield
     except BaseException as error:
-        with suppress(PerennialError):  # the first error is the one to show
+        try:
             withdraw(settings, journal, target, release, environment, str(error))
+        except RolloutError as lost:  # what it saw was somebody else's doing, most likely
+            if isinstance(error, RolloutError):
+                raise lost from error
+        except (PerennialError, OSError):
+            pass  # the first error is the one to show
         raise

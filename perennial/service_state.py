@@ -41,9 +41,13 @@ class ServiceState(Value):
         return self.active is None
 
     def warm_until(self) -> datetime | None:
-        """Until when the previous release is kept running."""
+        """Until when the previous release is kept running. One that was rolled back from is no last good one:
+        standing by, it would answer users whenever the active one is down.
+        """
         seconds = self.promotion.get("keep_warm_seconds", 0)
         if self.promoted_at is None or self.previous is None or not seconds:
+            return None
+        if self.promotion.get("rollback_of") == self.previous:
             return None
         return self.promoted_at + timedelta(seconds=seconds)
 
@@ -121,9 +125,7 @@ def _after(state: ServiceState, decision: Decision) -> dict[str, object]:
     return {}
 
 
-def endpoints_of(
-    state: ServiceState, running: Mapping[ReleaseId, Endpoint], now: datetime
-) -> list[Endpoint]:
+def endpoints_of(state: ServiceState, running: Mapping[ReleaseId, Endpoint], now: datetime) -> list[Endpoint]:
     """What the router is to know of the service, of the releases that run.
 
     The candidate stands by until it has a share; the last good release stands by while it is alone with the

@@ -41,17 +41,13 @@ def decide(
 
     Raises ReleaseError when there is no open question about it, RolloutError when it does not run any more.
     """
-    asked = question(journal, release, environment)
-    if asked is None:
-        raise ReleaseError(
-            f"nobody is asked about {release.release_id} in {environment}",
-            "a candidate for which the evidence does not suffice",
-            "python -m perennial status",
-        )
     if not reviewer.strip():
         raise ReleaseError("a verdict needs the name of who gives it", "--reviewer YOUR-NAME")
     why = f"{reviewer.strip()}: {note.strip() or said}"
+    _open_question(journal, release, environment)  # else there is nothing to wait for
+    leases.hold(journal, release.project, environment, f"{said} {release.release_id} in {environment}")
     try:
+        asked = _open_question(journal, release, environment)  # still: nobody else can close it any more
         if said == "withdraw":
             rollout.withdraw(settings, journal, target, release, environment, why)
         else:
@@ -63,6 +59,17 @@ def decide(
     finally:
         leases.let_go(release.project, environment)
     return f"{journal.active(release.project, environment)} serves {environment}"
+
+
+def _open_question(journal: Journal, release: Release, environment: Environment) -> Decision:
+    asked = question(journal, release, environment)
+    if asked is None:
+        raise ReleaseError(
+            f"nobody is asked about {release.release_id} in {environment}",
+            "a candidate for which the evidence does not suffice",
+            "python -m perennial status",
+        )
+    return asked
 
 
 def outcome(journal: Journal, release: Release, environment: Environment, evidence: Evidence) -> Evidence:

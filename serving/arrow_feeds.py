@@ -7,7 +7,6 @@ the rows themselves are not: this takes a quarter of the memory, and columns com
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -21,33 +20,30 @@ from serving.decode import Feeds
 Encoded = Callable[[int, Values], Piece]
 
 EXACT = 2.0**53  # integers of a smaller size are floats of the same value, and no others are
+# Of one value in memory: its place in a list, and itself, without the text of a string.
 SLOT_BYTES = 8
+VALUE_BYTES = {"integer": 36, "number": 24, "boolean": 0, "timestamp": 56, "string": 60}
+TEXT_BYTES = 4  # at most, of a letter
+PICKED = 4  # columns are turned in the time that it takes to pick one
 NUMBERS = ("integer", "number", "boolean")  # of which an array of floats can tell all
 
 
 class Kept:
     """The rows of one request."""
 
-    __slots__ = ("codes", "count", "numbers", "values")
+    __slots__ = ("codes", "count", "memory", "numbers", "values")
 
-    def __init__(self, count: int, numbers: Array, codes: Array, values: dict[int, list[Any]]) -> None:
+    def __init__(
+        self, count: int, numbers: Array, codes: Array, values: dict[int, Values], values_bytes: int
+    ) -> None:
         self.count = count
         self.numbers = numbers  # [rows, numbers], NaN for null
         self.codes = codes  # [rows, lookups]
         self.values = values  # by column
+        self.memory = numbers.nbytes + codes.nbytes + values_bytes  # about
 
     def __len__(self) -> int:
         return self.count
-
-    @property
-    def memory(self) -> int:
-        """In bytes, about."""
-        size = self.numbers.nbytes + self.codes.nbytes
-        for values in self.values.values():
-            size += SLOT_BYTES * self.count
-            if values.count(None) < self.count:
-                size += sum(map(sys.getsizeof, values))
-        return size
 
 
 class FeedsEncoder:
@@ -65,12 +61,16 @@ class FeedsEncoder:
             for position, lookup in enumerate(plan.lookups, width)
         ]
         told = {*(at for at, _ in self._numbers), *(texts.position for texts in self._coded if texts)}
+        self._tells = bool(told)
         self._untold = [position for position in range(len(columns)) if position not in told]
+        self._types = [column.type for column in columns]
         self._unknown = np.array([len(lookup.values) for lookup in plan.lookups], np.int64)
         self._no_numbers, self._no_codes = np.empty((0, 0)), np.empty((0, 0), np.int64)
 
     def keep(self, rows: Sequence[tuple[Any, ...]], feeds: Feeds) -> Kept | None:
-        """The rows in this form, or None where the arrays say something else than the rows."""
+        """The rows in this form, or None where the arrays say nothing, or something else than the rows."""
+        if not self._tells:
+            return None
         numbers, codes = feeds.get("numbers", self._no_numbers), feeds.get("codes", self._no_codes)
         if self._integers and not (_exact(numbers) or _exact(numbers[:, self._integers])):
             return None
@@ -80,7 +80,23 @@ class FeedsEncoder:
             positions = positions + [
                 t.position for t, odd in zip(self._coded, named, strict=True) if odd and t
             ]
-        return Kept(len(rows), numbers, codes, {at: [row[at] for row in rows] for at in positions})
+        if not positions:
+            return Kept(len(rows), numbers, codes, {}, 0)
+        if len(positions) * PICKED > len(self._types):
+            columns: list[Values] = list(zip(*rows, strict=True))
+            values = {at: columns[at] for at in positions}
+        else:
+            values = {at: [row[at] for row in rows] for at in positions}
+        return Kept(len(rows), numbers, codes, values, sum(map(self._memory, positions, values.values())))
+
+    def _memory(self, position: int, values: Values) -> int:
+        kind = self._types[position]
+        some = len(values) - values.count(None)
+        size = SLOT_BYTES * len(values) + VALUE_BYTES[kind] * some
+        if some and kind == "string":
+            text = "".join(values if some == len(values) else filter(None, values))
+            size += len(text) * (1 if text.isascii() else TEXT_BYTES)
+        return size
 
     def pieces(self, kept: Sequence[Kept], encode: Encoded) -> list[Piece]:
         """Of all columns. `encode` makes one of a column's Python values."""

@@ -89,6 +89,9 @@ class CompiledModel:
             self._codes.append((position, codes, unknown))
         self._from_rows = plan.trees_from_rows
         if self._from_rows is not None:
+            if self._from_rows < 2:  # numpy adds up the trees of one row in another order
+                found = f"a plan of trees from {self._from_rows} rows on"
+                raise ContractError(found, "2 or more; build the release again", str(path.parent / PLAN_FILE))
             self._trees = QuickScorer(directory / TREES_FILE, plan, load_graph)
 
     def predict(self, rows: Sequence[tuple[Any, ...]]) -> np.ndarray:

@@ -173,6 +173,7 @@ def _predict(model: Model, jobs: list[Job], rows: list[Row]) -> list[Any]:
         end = start + len(job.rows)
         results.append(predictions[start:end])
         if feeds is not None and end - start >= FED_ROWS:
-            job.feeds = {name: array[start:end] for name, array in feeds.items()}
+            # Copies: a view would keep the arrays of all jobs in memory for as long as this one is logged.
+            job.feeds = {name: array[start:end].copy("K") for name, array in feeds.items()}
         start = end
     return results

@@ -45,6 +45,7 @@ MERGED_ROWS, MERGED_BYTES = 2000, 4 * MIB
 
 # Measured: what a queued request, a row and a value take in memory besides the text of the request.
 REQUEST_BYTES, ROW_BYTES, VALUE_BYTES = 400, 120, 34
+KEPT_BYTES, PREDICTION_BYTES = 1200, 32  # the same of a request and a row whose arrays are kept, less these
 
 Rows = Sequence[tuple[Any, ...]]
 Entry = tuple[Rows | Kept, Sequence[float], str, float, int]
@@ -125,7 +126,7 @@ class PredictionLog:
         count = len(rows)
         kept = self._encoder.keep(rows, feeds) if feeds is not None else None
         if kept is not None:
-            weight = REQUEST_BYTES + kept.memory
+            weight = KEPT_BYTES + count * PREDICTION_BYTES + kept.memory
         else:
             weight = REQUEST_BYTES + count * self._row_bytes + size
         with self._lock:

@@ -158,6 +158,7 @@ class QuickScorer:
             (position, own, rows_of(len(own) + 1)) for position, own in zip(numbers, thresholds, strict=True)
         ]
         self._looked_up = [(at, rows_of(len(plan.lookups[at].values) + 2)) for at in lookups]
-        places = {*numbers, *(len(plan.numbers) + at for at in lookups)}
-        if len(masks) or len(beyond) or not places <= set(range(len(plan.columns))):
+        odd = [*set(numbers).difference(range(len(plan.numbers)))]
+        odd += set(lookups).difference(range(len(plan.lookups)))
+        if len(masks) or len(beyond) or odd:
             raise ValueError("columns of another plan")

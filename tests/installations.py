@@ -32,8 +32,9 @@ _PORTS = (
     "first_service_port",
 )
 # Below the range from which outgoing connections take their ports: one of those may be faster. Each process
-# that runs tests begins elsewhere.
-_candidates = itertools.count(20_000 + os.getpid() % 400 * 25)
+# that runs tests begins elsewhere, and each of pytest's workers far from the others.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 2
+_candidates = itertools.count(20_000 + 6_000 * _WORKER + os.getpid() % 100 * 25)
 
 
 def own_settings(home: Path, **more: Any) -> Settings:

@@ -10,7 +10,6 @@ import pytest
 
 from perennial import leases, probation, reconcile, rollout, router, verdicts
 from perennial.errors import PerennialError, ReleaseError, RolloutError
-from perennial.service_state import state_in
 from perennial.values import Release, Rollout
 from tests.infra import chaos
 from tests.infra.chaos import AT_ONCE, BLUE_GREEN, World
@@ -249,3 +248,24 @@ def test_a_deploy_that_lost_its_lease_says_so(world: World, old: Release) -> Non
             world.instances()[old.release_id].endpoint,
             world.here.root / "releases" / new.release_id,
         )
+
+
+def test_what_should_serve_and_is_gone_is_started_from_the_store(world: World, old: Release) -> None:
+    world.target.stop(world.instances()[old.release_id].endpoint.name, 0.0)
+    assert world.reconcile() == [] and world.instances() == {}, "nothing is left that could be revived"
+    args = (world.here, world.journal, world.target, world.store, {})
+    assert rollout.restore(*args) == [f"started {old.release_id} in test anew: it was gone"]
+    assert world.ask() == old.release_id and world.disagreements() == []
+    assert rollout.restore(*args) == []
+
+
+def test_a_shadow_whose_predictions_nobody_logs_is_asked_its_golden_rows_at_the_end(
+    world: World, old: Release
+) -> None:
+    """It turns between two of the proofs that come every few seconds."""
+    bad = world.release(
+        "--turns", "constant", "--after", "20", strategy="shadow", steps=(99,), bake_seconds=0.4
+    )
+    with chaos.load(world, 100), pytest.raises(RolloutError, match="fails parity"):
+        world.deploy(bad)
+    assert world.active() == old.release_id

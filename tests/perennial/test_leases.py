@@ -1,4 +1,4 @@
-"""One rollout of a service at a time: held, renewed, lost, and refused in the very write that comes too late."""
+"""One rollout of a service at a time: held, renewed, lost, and refused in the write that comes too late."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def decide(journal: Journal, lease: Lease) -> int:
 
 def test_a_second_holder_is_told_who_holds_it(journal: Journal) -> None:
     journal.acquire("toy", "test", ELSEWHERE, 60)
-    with pytest.raises(LeaseHeld, match="a deploy elsewhere .process 1 on another-machine"):
+    with pytest.raises(LeaseHeld, match=r"a deploy elsewhere .process 1 on another-machine"):
         journal.acquire("toy", "test", leases.myself("mine"), 60)
     journal.acquire("toy", "production", leases.myself("mine"), 60)
     journal.acquire("other", "test", leases.myself("mine"), 60)
