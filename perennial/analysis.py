@@ -90,11 +90,11 @@ class Watch:
             verdict = self._canary.look(look)
             self._check(verdict)
             lasted = time.monotonic() - began
-            if lasted >= policy.bake_seconds and requests >= policy.bake_requests:
-                if not last:
-                    return self._evidence("promote", f"{requests} requests with {what}", verdict)
-                if verdict.verdict == "promote":
-                    return self._evidence("promote", verdict.reason, verdict)
+            baked = lasted >= policy.bake_seconds and requests >= policy.bake_requests
+            if baked and (not last or verdict.verdict == "promote"):
+                self._prove(self._candidate())  # it may have turned since the last time
+                reason = verdict.reason if last else f"{requests} requests with {what}"
+                return self._evidence("promote", reason, verdict)
             if lasted > policy.bake_seconds + policy.max_wait_seconds:
                 reason = f"{requests} requests in {lasted:.0f} s with {what}: {verdict.reason}"
                 return self._evidence("insufficient evidence", reason, verdict)
@@ -138,11 +138,14 @@ class Watch:
         if candidate.state not in UP_STATES or candidate.pid != self._pid:
             raise self._harmful(f"its process died ({candidate.state.lower()})")
         if time.monotonic() - self._proven > _PROOF_SECONDS:
-            self._proven = time.monotonic()
-            try:
-                proof.check_parity(candidate.endpoint, self._golden, self._release)
-            except RolloutError as error:
-                raise self._harmful(error.found) from error
+            self._prove(candidate)
+
+    def _prove(self, candidate: Running) -> None:
+        self._proven = time.monotonic()
+        try:
+            proof.check_parity(candidate.endpoint, self._golden, self._release)
+        except RolloutError as error:
+            raise self._harmful(error.found) from error
 
     def _harmful(self, reason: str) -> RolloutError:
         return RolloutError(

@@ -135,7 +135,12 @@ def running(target: Target, environment: Environment) -> Mapping[ReleaseId, Runn
 def stop_roleless(
     settings: Settings, journal: Journal, target: Target, project: str, environment: Environment
 ) -> list[str]:
-    """Drain and stop every instance of a service that has no role in it."""
+    """Drain and stop every instance of a service that has no role in it.
+
+    A service of which this journal says nothing is left alone: the settings may name another one's address.
+    """
+    if not journal.decisions(project, environment):
+        return []
     roles = state_in(journal, project, environment).roles(datetime.now(UTC))
     others = [
         instance

@@ -36,6 +36,7 @@ from perennial.values import (
 )
 
 AT_ONCE = ("all-at-once", "blue-green")
+_BACK_SECONDS = 10.0  # what a process that died has to be back
 
 
 def admit(journal: Journal, release: Release, environment: Environment) -> None:
@@ -489,6 +490,9 @@ def _ask(
         payload={**evidence.model_dump(mode="json"), "expires_at": until.isoformat()},
         lease=lease,
     )
+    active = reconcile.running(target, environment).get(journal.active(release.project, environment) or "")
+    if active is not None:  # as long as it is coming back, users are better off with the candidate
+        _wait_back(active.endpoint, _BACK_SECONDS)
     with router.alone(settings):
         reconcile.route(settings, journal, target)
 

@@ -270,8 +270,8 @@ def _service_routes(
             "retry_on": "connect-failure,refused-stream,reset-before-request,reset,retriable-status-codes",
             # What a candidate with a share fails is asked of the active release, and no user sees it.
             "retriable_status_codes": [500, 502, 503, 504] if len(sharing) > 1 else [503],
-            # Alone, some five seconds: what a killed process needs to be back.
-            "num_retries": 4 if len(sharing) > 1 else 25,
+            # Some five seconds: what a killed process needs to be back, beside a candidate that fails too.
+            "num_retries": 25,
             "retry_back_off": {"base_interval": "0.010s", "max_interval": "0.500s"},
             "retry_host_predicate": [
                 {

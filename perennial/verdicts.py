@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Literal
 
-from perennial import leases, rollout
+from perennial import leases, reconcile, rollout
 from perennial.analysis import Evidence
 from perennial.errors import ReleaseError, RolloutError
 from perennial.journal import Decision, Journal
@@ -51,6 +51,7 @@ def decide(
         if said == "withdraw":
             rollout.withdraw(settings, journal, target, release, environment, why)
         else:
+            _prove(settings, journal, target, release, environment)
             verdict = {**asked.payload, "verdict": "promote", "reason": why}
             rollout.switch(
                 settings, journal, target, release, environment, reason={"verdict": verdict, "reason": why}
@@ -59,6 +60,16 @@ def decide(
     finally:
         leases.let_go(release.project, environment)
     return f"{journal.active(release.project, environment)} serves {environment}"
+
+
+def _prove(
+    settings: Settings, journal: Journal, target: Target, release: Release, environment: Environment
+) -> None:
+    """It has waited for days, perhaps, and was started again meanwhile. One that fails is withdrawn."""
+    instance = reconcile.running(target, environment).get(release.release_id)
+    folder = settings.root / "releases" / release.release_id
+    if instance is not None and folder.exists():  # one that does not run is refused by `switch`
+        rollout.prove(settings, journal, target, release, environment, instance.endpoint, folder)
 
 
 def _open_question(journal: Journal, release: Release, environment: Environment) -> Decision:

@@ -98,8 +98,8 @@ class FeedsEncoder:
             size += len(text) * (1 if text.isascii() else TEXT_BYTES)
         return size
 
-    def pieces(self, kept: Sequence[Kept], encode: Encoded) -> list[Piece]:
-        """Of all columns. `encode` makes one of a column's Python values."""
+    def pieces(self, kept: Sequence[Kept], encode: Encoded, breathe: Callable[[], None]) -> list[Piece]:
+        """Of all columns. `encode` makes one of a column's values; `breathe` is called now and then."""
         found: dict[int, Piece] = {}
         if self._numbers:
             table = _by_column([rows.numbers for rows in kept])
@@ -111,6 +111,7 @@ class FeedsEncoder:
             codes = _by_column([rows.codes for rows in kept])
             for number, texts in enumerate(self._coded):
                 if texts is not None:
+                    breathe()
                     found[texts.position] = self._strings(texts, number, codes[number], kept, encode)
         for at in self._untold:
             found[at] = encode(at, list(chain.from_iterable([rows.values[at] for rows in kept])))

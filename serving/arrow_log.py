@@ -139,7 +139,7 @@ class BatchEncoder:
         if not type_is_kept(run[0]):
             return self._of_rows(list(chain.from_iterable(run)))
         assert self._feeds is not None
-        return self._feeds.pieces(run, lambda column, values: self._encoded(column + 3, values))
+        return self._feeds.pieces(run, lambda column, values: self._encoded(column + 3, values), self.breathe)
 
     def _of_rows(self, rows: Sequence[tuple[Any, ...]]) -> list[Piece]:
         if set(map(len, rows)) - {self._width}:

@@ -74,15 +74,16 @@ def check_candidate(
 def shift_traffic(release: Release, environment: Environment, image: str, parity: ParityReport) -> Evidence:
     """Give the candidate its share, step by step, and compare it with the release that serves."""
     assert parity.release_id == release.release_id
-    _start(release, environment, image)  # as above
-    here = settings()
+    endpoint = _start(release, environment, image)  # as above: what was checked may have ended
+    here, folder = settings(), edge.release_folder(release)
+    rollout.prove(here, edge.journal(), open_target(here), release, environment, endpoint, folder)
     evidence = rollout.shift(
         here,
         edge.journal(),
         open_target(here),
         release,
         environment,
-        edge.release_folder(release),
+        folder,
         edge.store(),
         rollout.policy_of(edge.journal(), release, environment),
         get_run_logger().info,

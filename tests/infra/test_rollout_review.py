@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from perennial import leases, probation, reconcile, rollout, router, verdicts
+from perennial import analysis, leases, probation, reconcile, rollout, router, verdicts
 from perennial.errors import PerennialError, ReleaseError, RolloutError
+from perennial.journal import open_journal
 from perennial.values import Release, Rollout
 from tests.infra import chaos
 from tests.infra.chaos import AT_ONCE, BLUE_GREEN, World
@@ -85,12 +87,12 @@ def test_who_stops_what_has_no_role_does_not_stop_what_got_one_meanwhile(
     for release in (drains, next_one):
         begin(world, release, 1)
     decide(world, "withdrawn", next_one)
-    monkeypatch.setattr(leases, "LEASE_SECONDS", 1.0)
-    monkeypatch.setattr(leases, "_RENEW_SECONDS", 0.2)
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.5)
+    monkeypatch.setattr(leases, "_RENEW_SECONDS", 0.1)
     if sleeps:
         monkeypatch.setattr(leases, "_renew", lambda held: None)
     port = world.instances()[drains.release_id].endpoint.port
-    slow = threading.Thread(target=call, args=(f"http://127.0.0.1:{port}/predict", {"seconds": 3}))
+    slow = threading.Thread(target=call, args=(f"http://127.0.0.1:{port}/predict", {"seconds": 2}))
     slow.start()
     sweeper = threading.Thread(target=world.reconcile)
     sweeper.start()
@@ -260,12 +262,33 @@ def test_what_should_serve_and_is_gone_is_started_from_the_store(world: World, o
 
 
 def test_a_shadow_whose_predictions_nobody_logs_is_asked_its_golden_rows_at_the_end(
-    world: World, old: Release
+    world: World, old: Release, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It turns between two of the proofs that come every few seconds."""
+    monkeypatch.setattr(analysis, "_PROOF_SECONDS", 60.0)  # it turns between two proofs
     bad = world.release(
         "--turns", "constant", "--after", "20", strategy="shadow", steps=(99,), bake_seconds=0.4
     )
-    with chaos.load(world, 100), pytest.raises(RolloutError, match="fails parity"):
+    with chaos.load(world, 300), pytest.raises(RolloutError, match="fails parity"):
         world.deploy(bad)
     assert world.active() == old.release_id
+
+
+def test_with_another_journal_nothing_is_stopped(world: World, old: Release, tmp_path: Path) -> None:
+    """PERENNIAL_DATABASE_URL is easily forgotten."""
+    other = open_journal(f"sqlite:///{tmp_path / 'other.db'}")
+    reconcile.reconcile(world.here, other, world.target)
+    assert set(world.instances()) == {old.release_id}
+    world.reconcile()
+    assert world.disagreements() == []
+
+
+def test_a_candidate_that_has_turned_while_it_waited_for_a_person_is_not_promoted(
+    world: World, old: Release
+) -> None:
+    turned = world.release("--turns", "constant", **AT_ONCE)
+    begin(world, turned, 50)
+    decide(world, "asked", turned, reason="no traffic", expires_at="2999-01-01T00:00:00+00:00")
+    with pytest.raises(RolloutError, match="fails parity"):
+        verdicts.decide(world.here, world.journal, world.target, turned, "test", "promote", "Ada")
+    assert world.active() == old.release_id
+    assert world.disagreements() == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 from sklearn.compose import make_column_transformer
 from sklearn.ensemble import (
     GradientBoostingClassifier,
+    GradientBoostingRegressor,
     HistGradientBoostingClassifier,
     HistGradientBoostingRegressor,
+    RandomForestRegressor,
 )
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LinearRegression
@@ -116,6 +119,61 @@ def test_words_are_as_wide_as_trees_have_leaves(tmp_path: Path, leaves: int, bit
     assert np.array_equal(said, model.predict(x))
 
 
+def test_a_threshold_that_is_no_number_is_below_nothing(tmp_path: Path) -> None:
+    """HistGradientBoosting halves the way between two infinities at NaN: only what is missing goes left."""
+    random = np.random.default_rng(1)
+    x = random.normal(size=(400, 1))
+    model = HistGradientBoostingRegressor(max_iter=9).fit(x, np.sin(3 * x[:, 0]))
+    for (predictor,) in model._predictors[::2]:
+        predictor.nodes["num_threshold"][0] = np.nan
+        predictor.nodes["missing_go_to_left"][0] = True
+    graph = graph_of(tmp_path, model, ["x0"])
+    (tmp_path / TREES_FILE).write_bytes(leafmasks.leaf_masks(graph)[0])
+    values = [-math.inf, math.inf, math.nan, *x[:50, 0].tolist()]
+    compiled = CompiledModel(tmp_path, Plan("compiled", "", True, "", ("x0",), trees_from_rows=2))
+    said = compiled.predict([(value,) for value in values])
+    assert np.array_equal(said, model.predict(np.array(values)[:, None]))
+
+
+def test_values_beside_thresholds_and_odd_ones_find_the_same_leaf(tmp_path: Path) -> None:
+    """To the last bit: of 64-bit and of 32-bit trees, in calls on both sides of a pass's length."""
+    random = np.random.default_rng(7)
+    x = random.normal(size=(400, 3))
+    x[:, 1] = random.choice([0.0, -0.0, 5e-324, -5e-324, 1e-310, 1.0], 400)
+    y = x.sum(axis=1) + random.normal(size=400)
+    names = ["x0", "x1", "x2"]
+    for model in (
+        HistGradientBoostingRegressor(max_iter=30, min_samples_leaf=2),
+        GradientBoostingRegressor(n_estimators=30),
+        RandomForestRegressor(10, max_leaf_nodes=40),
+    ):
+        graph = graph_of(tmp_path, model.fit(x, y), names)
+        (tmp_path / TREES_FILE).write_bytes(leafmasks.leaf_masks(graph)[0])
+        plan = Plan("compiled", "", True, "", tuple(names), trees_from_rows=2)
+        fast = CompiledModel(tmp_path, plan)
+        slow = CompiledModel(tmp_path, msgspec.structs.replace(plan, trees_from_rows=None))
+        at = random.choice(graph.trees[0].ensemble.splits, (600, 3))
+        single = at.astype(np.float32)
+        beside = [at, np.nextafter(at, np.inf), np.nextafter(at, -np.inf), single]
+        beside += [np.nextafter(single, np.float32(np.inf)).astype(float)]
+        odd = [np.full(at.shape, value) for value in (0.0, -0.0, 5e-324, -1e-310, 1e308, np.inf, np.nan)]
+        values = np.choose(random.integers(0, len(beside + odd), at.shape), [*beside, *odd])
+        rows = [tuple(row) for row in values.tolist()]
+        for count in (2, 3, 50, 51, MOST_ROWS + 1, 600):
+            assert np.array_equal(fast.predict(rows[:count]), slow.predict(rows[:count]), equal_nan=True)
+
+
+def test_trees_of_categories_alone_have_masks(bench: Workbench) -> None:
+    trees = HistGradientBoostingRegressor(max_iter=60, categorical_features=[0, 1])
+    pipeline = make_pipeline(make_column_transformer((MISSING, CATEGORIES)), trees)
+    plan, said = compiled_and_said(bench, Model(pipeline.fit(bench.training, bench.minutes), number), "codes")
+    assert not plan.numbers
+    assert plan.trees_from_rows is not None, said
+    rows = tuples(plan, odd_rows(100))
+    meant = graph_alone(bench, plan, "codes").predict(rows)
+    assert np.array_equal(bench.compiled(plan, "codes").predict(rows), meant)
+
+
 def test_larger_trees_are_left_to_the_graph(tmp_path: Path) -> None:
     graph, _, _ = grown(tmp_path, 65)
     with pytest.raises(NotCompilable, match="more than 64 leaves"):
@@ -130,11 +188,15 @@ def grown(folder: Path, leaves: int) -> tuple[Graph, np.ndarray, Any]:
     y = np.nansum(np.sin(5 * x), axis=1) + random.normal(size=2000)
     model = HistGradientBoostingRegressor(max_iter=5, max_leaf_nodes=leaves, min_samples_leaf=2).fit(x, y)
     assert max(predictor.get_n_leaf_nodes() for (predictor,) in model._predictors) == leaves
-    graph = Graph(Inputs(numbers=["x0", "x1"]))
-    sources = [Raw(Column(name, "number", True)) for name in ("x0", "x1")]
+    return graph_of(folder, model, ["x0", "x1"]), x, model
+
+
+def graph_of(folder: Path, model: Any, names: list[str]) -> Graph:
+    graph = Graph(Inputs(numbers=list(names)))
+    sources = [Raw(Column(name, "number", True)) for name in names]
     prediction = predicted(graph, model, Output("trees", "predict", None, ()), list(sources), None)  # type: ignore[arg-type]
     (folder / ONNX_FILE).write_bytes(graph.model(prediction))
-    return graph, x, model
+    return graph
 
 
 def test_what_the_original_refuses_is_refused_in_a_large_call(bench: Workbench) -> None:
@@ -233,3 +295,32 @@ def test_trees_of_another_plan_are_refused(
     (tmp_path / ONNX_FILE).write_bytes((folder / ONNX_FILE).read_bytes())
     with pytest.raises(ContractError, match="fewer masks than values"):
         CompiledModel(tmp_path, plan)
+
+
+def test_a_forged_file_is_refused(bench: Workbench, boosted: tuple[Model, Plan], tmp_path: Path) -> None:
+    """What would take all memory, be unpickled, or fail in a user's request."""
+    folder, plan = bench.folder / "boosted", boosted[1]
+    (tmp_path / ONNX_FILE).write_bytes((folder / ONNX_FILE).read_bytes())
+    with np.load(folder / TREES_FILE, allow_pickle=False) as arrays:
+        right = dict(arrays)
+    forged: list[dict[str, Any]] = [
+        {"numbers": right["numbers"] - 1},
+        {"lookups": right["lookups"] - 1},
+        {"thresholds": np.append(right["thresholds"], 1.0)},
+        {"thresholds": right["thresholds"].astype(str)},
+        {"thresholds": right["thresholds"].astype(object)},
+        {"masks": right["masks"].astype(np.int64)},
+        {"rest": np.frombuffer((folder / ONNX_FILE).read_bytes(), np.uint8)},
+        {"more": np.zeros(3)},
+    ]
+    for changes in forged:
+        np.savez(tmp_path / TREES_FILE, **{**right, **changes})
+        with pytest.raises(ContractError, match="build the release again"):
+            CompiledModel(tmp_path, plan)
+    np.savez_compressed(tmp_path / TREES_FILE, **right, more=np.zeros(10**6))
+    with pytest.raises(ContractError, match="compressed"):
+        CompiledModel(tmp_path, plan)
+    np.savez(tmp_path / TREES_FILE, **right)
+    CompiledModel(tmp_path, plan)
+    with pytest.raises(ContractError, match="2 or more"):
+        CompiledModel(tmp_path, msgspec.structs.replace(plan, trees_from_rows=1))

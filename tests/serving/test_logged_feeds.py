@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,33 @@ def test_what_is_kept_of_a_request_weighs_what_it_takes(tmp_path: Path) -> None:
     log.start()
     assert log.close()
     assert log.counts.stored == 100 * accepted
+
+
+def test_what_is_counted_of_narrow_requests_is_what_they_take(tmp_path: Path) -> None:
+    """The numbers of one column are the least of it."""
+    plan = Plan("compiled", "", True, "", ("speed",))
+    for count, keys in ((KEPT_ROWS, 0), (1000, 0), (100, 3)):
+        columns = (COLUMNS[1], *(Column(f"key {at}", "string", nullable=True) for at in range(keys)))
+        log = log_of(tmp_path, columns=columns, plan=plan)
+        tracemalloc.start()
+        for number in range(50):
+            rows = [(0.5 * row, *(f"key {at} {row}" for at in range(keys))) for row in range(count)]
+            feeds = {"numbers": np.array([row[:1] for row in rows])}
+            assert log.append(rows, [number + 0.5 * row for row in range(count)], f"id {number}", 9, feeds)
+        del rows, feeds
+        taken = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert taken / 1.15 < log._queued_bytes < 3 * taken
+        log.start()
+        assert log.close()
+        assert log._queued_bytes == 0
+
+
+def test_a_model_whose_columns_the_arrays_do_not_tell_is_logged_by_its_rows() -> None:
+    plan = Plan("compiled", "", True, "", (), PLAN.lookups[1:])
+    encoder = BatchEncoder([COLUMNS[4], COLUMNS[5]], {}, plan)
+    rows: list[tuple[Any, ...]] = [(1.5, "k")] * 50
+    assert encoder.keep(rows, {"codes": np.ones((50, 1), np.int64)}) is None
 
 
 def test_a_batch_of_more_parts_than_one_write_takes_is_whole(tmp_path: Path) -> None:
