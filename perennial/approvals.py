@@ -59,7 +59,12 @@ def by_policy(journal: Journal, release: Release, environment: Environment) -> N
     """Write the approval of a release whose project asks nobody, before it enters production."""
     if environment != "production" or is_required(release, environment):
         return
-    if journal.approval(release, environment) is None:
+    digest = release.digest()
+    reviewed = any(
+        decision.payload.get("digest") == digest
+        for decision in journal.decisions(release.project, environment, ("approved", "declined"))
+    )
+    if not reviewed:  # a person who has declined it is not overruled
         journal.approve(release, environment, POLICY)
 
 

@@ -321,9 +321,9 @@ class Journal:
             else:
                 keys = ["project", "environment"]
                 connection.execute(upsert.on_conflict_do_update(index_elements=keys, set_=changed))
-            now = connection.execute(_leased(lease)).mappings().one()
-            if now["token"] != lease.token:
-                raise LeaseHeld(Holder.model_validate(now["holder"]))
+            now = connection.execute(_leased(lease)).mappings().first()
+            if now is None or now["token"] != lease.token:  # none: it was given back this very moment
+                raise LeaseHeld(Holder.model_validate(now["holder"]) if now else holder)
 
         self._write(write)
         return lease
@@ -360,13 +360,14 @@ class Journal:
         project: str | None = None,
         environment: Environment | None = None,
         kinds: tuple[Kind, ...] = (),
+        last: int | None = None,
     ) -> list[Decision]:
-        """Decisions in the order they were made."""
-        query = sa.select(DECISIONS).order_by(DECISIONS.c.position)
+        """Decisions in the order they were made; with `last`, so many of the newest."""
+        query = sa.select(DECISIONS).order_by(DECISIONS.c.position.desc()).limit(last)
         query = _where(query, {DECISIONS.c.project: project, DECISIONS.c.environment: environment})
         if kinds:
             query = query.where(DECISIONS.c.kind.in_(kinds))
-        return [Decision(**row) for row in self._read(query)]
+        return [Decision(**row) for row in reversed(self._read(query))]
 
     def active(self, project: str, environment: Environment) -> str | None:
         """The release that serves: the last promoted one. Withdrawing a candidate changes nothing here."""

@@ -36,6 +36,7 @@ CLUSTERS_FILE = "clusters.json"
 # Above the largest body that a service takes by default (8 MiB), so that every request can be retried.
 _RETRY_BUFFER_BYTES = 9 * 1024 * 1024
 _POLL_SECONDS = 0.02
+_LOCK_SECONDS = 60.0
 
 _TYPE = "type.googleapis.com/"
 _API = f"{_TYPE}envoy.config"
@@ -50,8 +51,24 @@ def alone(settings: Settings) -> Iterator[None]:
     """
     directory = router_directory(settings)
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with (directory / ".lock").open("a+") as lock:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    lock.seek(0)
+                    raise RolloutError(
+                        f"process {lock.read() or 'unknown'} has been changing the router for {_LOCK_SECONDS:g} s",
+                        "one change of the router at a time, each of some seconds",
+                        "see what that process does; when it is stopped, end it, and run this again",
+                    ) from None
+                time.sleep(_POLL_SECONDS)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
         yield
 
 
@@ -95,14 +112,19 @@ def write(directory: Path, files: Mapping[str, str]) -> None:
     """Put the files in place, each by an atomic rename, in the order in which Envoy can follow.
 
     What is referred to comes before what refers to it: endpoints, clusters, routes, listeners. A cluster
-    that goes away stays until no route names it any more. Unchanged files are left alone.
+    that goes away stays until no route names it any more. Unchanged files are left alone. Only routes that
+    retry more of what fails come first: a candidate must not have a share before they are in place.
     """
     directory.mkdir(parents=True, exist_ok=True)
     parting = _parting_clusters(directory / CLUSTERS_FILE, files[CLUSTERS_FILE])
+    routes = sorted(name for name in files if name.startswith("routes-"))
+    for name in routes:
+        if _retries_more(directory / name, files[name]):
+            _replace(directory / name, files[name])
     for name in sorted(name for name in files if name.startswith("endpoints-")):
         _replace(directory / name, files[name])
     _replace(directory / CLUSTERS_FILE, _with_clusters(files[CLUSTERS_FILE], parting))
-    for name in sorted(name for name in files if name.startswith("routes-")):
+    for name in routes:
         _replace(directory / name, files[name])
     _replace(directory / LISTENERS_FILE, files[LISTENERS_FILE])
     _replace(directory / CLUSTERS_FILE, files[CLUSTERS_FILE])
@@ -393,6 +415,30 @@ def _assignment(name: str, endpoints: Sequence[Endpoint]) -> JsonObject:
             for priority, members in sorted(by_priority.items())
         ],
     }
+
+
+def _retries_more(present: Path, wanted: str) -> bool:
+    """Whether the routes name the clusters of those in place, and retry some service's failures of more kinds."""
+    try:
+        before, after = _retried(present.read_text()), _retried(wanted)
+    except (OSError, ValueError, KeyError):
+        return False
+    return before.keys() == after.keys() and any(after[name] > before[name] for name in after)
+
+
+def _retried(routes: str) -> dict[str, int]:
+    """Cluster → how many kinds of failures are retried, and, of those mirrored, the cluster of their shadow."""
+    found = {}
+    for table in json.loads(routes)["resources"]:
+        for route in table["virtual_hosts"][0]["routes"]:
+            if action := route.get("route"):
+                codes = len(action["retry_policy"]["retriable_status_codes"])
+                names = [
+                    action["cluster"],
+                    *(m["cluster"] for m in action.get("request_mirror_policies", [])),
+                ]
+                found |= dict.fromkeys(names, codes)
+    return found
 
 
 def _parting_clusters(present: Path, wanted: str) -> list[JsonObject]:

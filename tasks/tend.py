@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import get_run_logger, task
 from prefect.artifacts import create_table_artifact
 
-from perennial import approvals, probation, reaper, reconcile
+from perennial import approvals, probation, reaper, reconcile, rollout
 from perennial.reaper import Found
 from perennial.settings import settings
 from perennial.targets import open_target
@@ -18,7 +18,9 @@ _FORGOTTEN = {"persist_result": False}
 def reconcile_services() -> list[str]:
     """Bring router and services to what the journal says."""
     here = settings()
-    return _said(reconcile.reconcile(here, edge.journal(), open_target(here)))
+    journal, target = edge.journal(), open_target(here)
+    done = reconcile.reconcile(here, journal, target)
+    return _said(done + rollout.restore(here, journal, target, edge.store(), edge.store_environment()))
 
 
 @task(**_FORGOTTEN)

@@ -35,7 +35,7 @@ def fragile(house: House, enabled: MakeProject) -> tuple[ProjectRepository, str]
         pytest.param(
             {"fails_to_serve": "raises"},
             "start_candidate",
-            ["died before it was ready", "no licence on this machine", "a process that gets ready to serve"],
+            ["died before it was ready", "no licence on this machine", "gets ready to serve"],
             id="dies at its start",
         ),
         pytest.param(

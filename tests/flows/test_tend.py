@@ -12,7 +12,7 @@ from tests.flows.house import House
 from tests.installations import instance
 from tests.releases import a_release
 
-STEPS = {"reconcile_services", "check_probation", "remove_leftovers", "report_changes"}
+STEPS = {"reconcile_services", "check_probation", "end_expired", "remove_leftovers", "report_changes"}
 
 
 def test_what_was_left_half_done_is_mended_and_stands_in_a_table(house: House) -> None:

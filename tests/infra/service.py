@@ -104,7 +104,7 @@ class Service:
         if path != "/predict":
             return 200, answer
         asked = json.loads(body or b"{}")
-        rows = asked.get("rows", [])
+        rows = [row for row in asked.get("rows", []) if isinstance(row, dict)]
         if any(row.keys() - {"x"} for row in rows):
             return 422, {"error": "the rows have other columns than x"}
         if rows:

@@ -268,7 +268,7 @@ def test_a_shadow_whose_predictions_nobody_logs_is_asked_its_golden_rows_at_the_
     bad = world.release(
         "--turns", "constant", "--after", "20", strategy="shadow", steps=(99,), bake_seconds=0.4
     )
-    with chaos.load(world, 300), pytest.raises(RolloutError, match="fails parity"):
+    with chaos.load(world, 600), pytest.raises(RolloutError, match="fails parity"):
         world.deploy(bad)
     assert world.active() == old.release_id
 

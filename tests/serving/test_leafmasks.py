@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from serving.contract import ONNX_FILE, PLAN_FILE, TREES_FILE, Column, Plan
 from serving.errors import ContractError
 from serving.estimators import predicted
 from serving.graph import Graph, Inputs, NotCompilable, Raw
+from serving.parity import one_thread
 from serving.passthrough import Output
 from serving.quickscorer import MOST_ROWS
 from tests.serving.small_models import (
@@ -46,6 +48,13 @@ from tests.serving.small_models import (
 MISSING = OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=np.nan)
 CATEGORIES = ["carrier", "town"]
 FULL = ["distance", "speed", "kind"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def trained_by_one_thread() -> Iterator[None]:
+    """On busy cores, more of them wait for each other."""
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

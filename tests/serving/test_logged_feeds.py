@@ -12,10 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from serving import engine
 from serving.arrow_feeds import Kept
 from serving.arrow_log import KEPT_ROWS, BatchEncoder
 from serving.contract import Column, Lookup, Plan
 from serving.decode import Feeds
+from serving.engine import Job
 from serving.spool import MOST_PARTS
 from tests.serving.logs import log_of, stored
 
@@ -177,6 +179,29 @@ def test_what_is_counted_of_narrow_requests_is_what_they_take(tmp_path: Path) ->
         log.start()
         assert log.close()
         assert log._queued_bytes == 0
+
+
+def test_a_logged_request_does_not_keep_the_arrays_of_those_beside_it() -> None:
+    """Of a shared call, in which the others may be larger and their clients gone."""
+
+    class Doubled:
+        inline = batching = True
+
+        def predict(self, rows: Any) -> tuple[list[float], Feeds]:
+            numbers = np.array(rows)
+            return (2 * numbers[:, 0]).tolist(), {"numbers": numbers}
+
+    sizes = (KEPT_ROWS, 900, 1)
+    jobs = [Job(None, lambda job, result: None, [(float(size),)] * size) for size in sizes]
+    results = engine._predict(Doubled(), jobs, [row for job in jobs for row in job.rows])
+    assert results == [[2.0 * size] * size for size in sizes]
+    first, second, third = [job.feeds for job in jobs]
+    assert first is not None
+    assert second is not None
+    assert third is None
+    assert first["numbers"].tolist() == [[float(KEPT_ROWS)]] * KEPT_ROWS
+    assert first["numbers"].base is None
+    assert second["numbers"].base is None
 
 
 def test_a_model_whose_columns_the_arrays_do_not_tell_is_logged_by_its_rows() -> None:
