@@ -61,7 +61,7 @@ def alone(settings: Settings) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     lock.seek(0)
                     raise RolloutError(
-                        f"process {lock.read() or 'unknown'} has been changing the router for {_LOCK_SECONDS:g} s",
+                        f"process {lock.read() or 'unknown'} has changed the router for {_LOCK_SECONDS:g} s",
                         "one change of the router at a time, each of some seconds",
                         "see what that process does; when it is stopped, end it, and run this again",
                     ) from None
@@ -418,7 +418,7 @@ def _assignment(name: str, endpoints: Sequence[Endpoint]) -> JsonObject:
 
 
 def _retries_more(present: Path, wanted: str) -> bool:
-    """Whether the routes name the clusters of those in place, and retry some service's failures of more kinds."""
+    """Whether routes to the same clusters as those in place retry some service's failures of more kinds."""
     try:
         before, after = _retried(present.read_text()), _retried(wanted)
     except (OSError, ValueError, KeyError):
@@ -427,17 +427,12 @@ def _retries_more(present: Path, wanted: str) -> bool:
 
 
 def _retried(routes: str) -> dict[str, int]:
-    """Cluster → how many kinds of failures are retried, and, of those mirrored, the cluster of their shadow."""
-    found = {}
+    """Cluster → how many kinds of failures are retried; a shadow's cluster → 0."""
+    found: dict[str, int] = {}
     for table in json.loads(routes)["resources"]:
-        for route in table["virtual_hosts"][0]["routes"]:
-            if action := route.get("route"):
-                codes = len(action["retry_policy"]["retriable_status_codes"])
-                names = [
-                    action["cluster"],
-                    *(m["cluster"] for m in action.get("request_mirror_policies", [])),
-                ]
-                found |= dict.fromkeys(names, codes)
+        for action in (route["route"] for route in table["virtual_hosts"][0]["routes"] if "route" in route):
+            found[action["cluster"]] = len(action["retry_policy"]["retriable_status_codes"])
+            found |= {mirror["cluster"]: 0 for mirror in action.get("request_mirror_policies", [])}
     return found
 
 
