@@ -374,7 +374,7 @@ def _start_supervisor(settings: Settings, supervisor: Supervisor) -> None:
     argv = [
         sys.executable,
         "-m",
-        "supervisor.supervisord",
+        "perennial.supervisord",
         "-n",
         "-c",
         str(root / "run" / "supervisord.conf"),

@@ -281,7 +281,7 @@ def _route_table(
 def _service_routes(
     environment: str, service: str, endpoints: Sequence[Endpoint], timeout_seconds: float
 ) -> list[JsonObject]:
-    sharing = {e.release_id for e in endpoints if not e.standby and not e.shadow_percent}
+    answering = {endpoint.release_id for endpoint in endpoints if not endpoint.shadow_percent}
     action: JsonObject = {
         "cluster": cluster_name(environment, service),
         "cluster_not_found_response_code": "SERVICE_UNAVAILABLE",
@@ -290,8 +290,8 @@ def _service_routes(
         # A prediction changes nothing, so any request may be asked again, of another endpoint where it can.
         "retry_policy": {
             "retry_on": "connect-failure,refused-stream,reset-before-request,reset,retriable-status-codes",
-            # What a candidate with a share fails is asked of the active release, and no user sees it.
-            "retriable_status_codes": [500, 502, 503, 504] if len(sharing) > 1 else [503],
+            # What one release fails is asked of the other, where there is one: no user sees what it failed.
+            "retriable_status_codes": [500, 502, 503, 504] if len(answering) > 1 else [503],
             # Some five seconds: what a killed process needs to be back, beside a candidate that fails too.
             "num_retries": 25,
             "retry_back_off": {"base_interval": "0.010s", "max_interval": "0.500s"},

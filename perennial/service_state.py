@@ -11,7 +11,6 @@ from pydantic import Field
 from perennial.journal import Decision, Journal
 from perennial.values import Endpoint, Environment, JsonObject, ReleaseId, Value
 
-
 _ENOUGH = 200  # decisions of a service, which after years has thousands
 
 

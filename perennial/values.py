@@ -7,9 +7,9 @@ import json
 import re
 from datetime import date, datetime
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 ProjectName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,39}$")]
@@ -238,7 +238,7 @@ class RolloutPolicy(Value):
     """
 
     strategy: Strategy = "all-at-once"
-    steps: tuple[Annotated[int, Field(ge=1, le=99)], ...] = Field(default=(10, 50), min_length=1)  # percent
+    steps: tuple[Annotated[int, Field(ge=1, le=100)], ...] = Field(default=(10, 50), min_length=1)  # percent
     bake_seconds: float = Field(default=60.0, ge=0)
     bake_requests: int = Field(default=0, ge=0)
     max_wait_seconds: float = Field(default=900.0, ge=0)
@@ -255,6 +255,12 @@ class RolloutPolicy(Value):
         if list(steps) != sorted(set(steps)):
             raise ValueError("the steps of a rollout must rise, such as [5, 25, 50]")
         return steps
+
+    @model_validator(mode="after")
+    def _leaves_a_share(self) -> Self:
+        if self.strategy == "canary" and self.steps[-1] > 99:
+            raise ValueError("a canary's steps are below 100: all of the traffic is for what was promoted")
+        return self
 
 
 class TestPolicy(RolloutPolicy):

@@ -4,9 +4,11 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from perennial.config import Project, read_project
 from perennial.errors import ProjectError
+from perennial.values import Rollouts
 
 HEAD = '[project]\nname = "toy"\nversion = "1.0"\n'
 
@@ -150,3 +152,23 @@ def test_features_that_leak_or_repeat_are_refused(tmp_path: Path, features: str,
 def test_a_mistake_outside_of_our_section_is_named_where_it_is(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(ProjectError, match=says):
         read(tmp_path, "", text)
+
+
+def test_a_policy_of_rollouts_keeps_its_environment_s_other_defaults(tmp_path: Path) -> None:
+    rollout = Rollouts.model_validate({"production": {"strategy": "shadow", "steps": [100]}})
+    assert (rollout.production.approval, rollout.production.keep_warm_seconds) == ("required", 3600)
+    assert (rollout.test.strategy, rollout.test.approval) == ("all-at-once", "auto")
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        ({"steps": [50, 10]}, "must rise"),
+        ({"steps": []}, "at least 1 item"),
+        ({"strategy": "canary", "steps": [50, 100]}, "below 100"),
+        ({"stategy": "canary"}, "Extra inputs"),
+    ],
+)
+def test_a_policy_that_cannot_be_followed_is_refused(policy: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        Rollouts.model_validate({"production": policy})
