@@ -373,8 +373,8 @@ def _start_supervisor(settings: Settings, supervisor: Supervisor) -> None:
     log.unlink(missing_ok=True)
     argv = [
         sys.executable,
-        "-m",
-        "perennial.supervisord",
+        "-P",  # what lies beside a script is no top-level module
+        str(Path(__file__).with_name("supervisord.py")),
         "-n",
         "-c",
         str(root / "run" / "supervisord.conf"),

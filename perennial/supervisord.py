@@ -13,7 +13,7 @@ from supervisor import poller, supervisord
 _ROUND_SECONDS = 0.1
 
 
-class _Poller(poller.Poller):  # type: ignore[misc, valid-type]
+class _Poller(poller.Poller):  # type: ignore[misc]
     def poll(self, timeout: float) -> Any:
         return super().poll(min(timeout, _ROUND_SECONDS))
 
