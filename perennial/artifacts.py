@@ -56,9 +56,10 @@ def fetch(store: Store, artifact: Artifact, destination: Path) -> Path:
 
     Raises ReleaseError naming the URI and both digests when the bytes are missing or not the artifact's.
     """
-    if _holds(destination, artifact):
+    there = destination.exists()  # before it is looked at: somebody else may bring it this moment, whole
+    if there and _holds(destination, artifact):
         return destination
-    if destination.is_dir() or (destination.exists() and artifact.uri.endswith("/")):
+    if there and (destination.is_dir() or artifact.uri.endswith("/")):
         raise ReleaseError(
             f"{destination} already holds something else than {artifact.uri}",
             expected="a path where nothing is yet",

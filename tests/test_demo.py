@@ -59,7 +59,7 @@ def active(settings: Settings) -> str:
 def test_the_demo_ends_with_predictions_of_a_real_model(settings: Settings, first: str) -> None:
     assert len(re.findall(r"late with probability 0\.\d\d", first)) == 4
     assert active(settings) in first
-    for step in ("check out", "train model", "check gates", "write release", "switch traffic"):
+    for step in ("check out", "train model", "check gates", "write release", "promote release"):
         assert re.search(rf"✓ {step} +\d+\.\d s", first), step
     for url in (settings.prefect_url, settings.mlflow_url, settings.storefront_url):
         assert url in first

@@ -13,7 +13,7 @@ from tests.flows.house import House
 # A compiled model answers without the project's code, and these are accidents of that code.
 IMPATIENT = """
 [tool.perennial.service]
-ready_timeout_seconds = 4
+ready_timeout_seconds = 8
 compiled = "never"
 """
 
@@ -41,7 +41,7 @@ def fragile(house: House, enabled: MakeProject) -> tuple[ProjectRepository, str]
         pytest.param(
             {"fails_to_serve": "hangs"},
             "start_candidate",
-            ["was not ready within 4 s", "ready_timeout_seconds under [tool.perennial.service]"],
+            ["was not ready within 8 s", "ready_timeout_seconds under [tool.perennial.service]"],
             id="never gets ready",
         ),
         pytest.param(

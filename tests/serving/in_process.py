@@ -34,6 +34,7 @@ async def served(
         manifest.release_id,
         decoder.columns,
     )
+    _forget(manifest.package)  # another test's release, loaded in this process, may have the same name
     app = App(manifest, schema, plan, decoder, log, Metrics(Shared(1), 0))
     app.serve(models.load(toy.release, plan, decoder))
     connections = Connections(app, common_headers(manifest), limit=20)
@@ -44,10 +45,13 @@ async def served(
     finally:
         connections.stop()
         server.close()
-        # The next release's package may have the same name.
         sys.path[:] = [part for part in sys.path if part != str((toy.release / SITE_DIRECTORY).resolve())]
-        for name in [name for name in sys.modules if name.partition(".")[0] == manifest.package]:
-            del sys.modules[name]
+        _forget(manifest.package)
+
+
+def _forget(package: str) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        del sys.modules[name]
 
 
 async def say(port: int, *pieces: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from uv import find_uv_bin
 
 import serving
 from tests.serving.toys import REPOSITORY
@@ -18,7 +19,7 @@ LIMIT_MB = 80
 
 
 def uv(*arguments: str) -> None:
-    subprocess.run(["uv", *arguments], check=True, capture_output=True, text=True, timeout=120)
+    subprocess.run([find_uv_bin(), *arguments], check=True, capture_output=True, text=True, timeout=120)
 
 
 def build(folder: Path) -> Path:
