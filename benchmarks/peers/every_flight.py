@@ -45,7 +45,7 @@ def main() -> None:
     answers: list[float] = []
     for start in range(0, len(frame), PIECE):
         body = msgspec.json.encode({"rows": json_rows(table.slice(start, PIECE))})
-        answers += served.predict(decoder.rows(body, PIECE))
+        answers += served.predict(decoder.rows(body, PIECE))[0]
     apart = float(np.abs(np.array(answers) - said).max())
     print(json.dumps({"rows": len(answers), "max_abs_difference": apart}))
 
