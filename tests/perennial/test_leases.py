@@ -7,14 +7,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
 
 from perennial import leases
-from perennial.errors import RolloutError
+from perennial.errors import InstallationError, RolloutError
 from perennial.journal import Holder, Journal, Lease, LeaseHeld, open_journal
 from tests.installations import ROOT
+from tests.services import Postgres
 
 ELSEWHERE = Holder(host="another-machine", pid=1, started=1, what="a deploy elsewhere")
 
@@ -101,3 +103,29 @@ def test_of_many_that_want_a_free_lease_one_gets_it(journal: Journal) -> None:
     for thread in threads:
         thread.join()
     assert len(got) == 1
+
+
+def test_a_database_that_is_away_for_a_while_is_waited_for_and_the_lease_is_kept(
+    postgres_server: Postgres,
+) -> None:
+    journal = open_journal(postgres_server.new_schema(), patience_seconds=30.0)
+    lease = leases.hold(journal, "toy", "test")
+    postgres_server.kill()
+    with ThreadPoolExecutor(1) as pool:
+        decided = pool.submit(decide, journal, lease)
+        time.sleep(2.0)
+        assert not decided.done(), "it waits"
+        postgres_server.start()
+        assert decided.result(30) == journal.decisions("toy")[-1].position
+    leases.let_go()
+
+
+def test_a_database_that_stays_away_is_an_error_that_says_so(postgres_server: Postgres) -> None:
+    journal = open_journal(postgres_server.new_schema(), patience_seconds=1.0)
+    postgres_server.kill()
+    try:
+        with pytest.raises(InstallationError, match="cannot be used") as away:
+            journal.decisions("toy")
+        assert away.value.transient and "pg_isready" in away.value.next_command
+    finally:
+        postgres_server.start()
