@@ -208,10 +208,9 @@ class ProcessTarget:
             process = self._supervisor.process(name) if name else None
             pid = process.pid if process else 0
             first_pid = first_pid or pid
-            # A second process id means that the first one died; that the next may live helps nobody.
-            if not name or (
-                process and not process.is_down and process.state != "BACKOFF" and pid == first_pid
-            ):
+            # A second process id, or none after the first, means that it died; that the next may live helps
+            # nobody. None yet: it died in an earlier life, and supervisord will start it in a moment.
+            if not name or (process and not process.is_down and pid == first_pid):
                 return None
             return process.reason if process else ""
 
