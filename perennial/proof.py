@@ -10,11 +10,11 @@ import msgspec
 
 from perennial import parity
 from perennial.errors import RolloutError
+from perennial.predictions import CHECK_REQUEST_ID
 from perennial.probe import Answer, probe
 from perennial.values import Endpoint, ParityReport, Release
 from serving import contract
 
-CHECK_REQUEST_ID = "perennial-check"  # tells our own requests from users' in the prediction log
 _PREDICT_TIMEOUT_SECONDS = 30.0
 
 

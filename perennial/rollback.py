@@ -100,7 +100,7 @@ def serving(settings: Settings, journal: Journal, project: ProjectName, environm
         previous=state.previous,
         url=f"{settings.router_url(environment)}/{project}",
         traffic_percent=100,
-        position=journal.decisions(project, environment)[-1].position,
+        position=journal.decisions(project, environment, last=1)[0].position,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from perennial import analysis, approvals, environments, leases, proof, reconcile, releases, router, way_back
@@ -97,18 +97,7 @@ def start(
     warm = up and state.roles(datetime.now(UTC)).get(release.release_id) is Role.WARM
     if state.active != release.release_id and not _begun(state, release, lease):
         admit(journal, release, environment)  # here too: a retried run has the steps before from its cache
-        journal.decide(
-            project=release.project,
-            environment=environment,
-            kind="candidate",
-            release_id=release.release_id,
-            payload={
-                "strategy": policy_of(journal, release, environment).strategy,
-                "image": image,
-                "lease": lease.token,
-            },
-            lease=lease,
-        )
+        _begin(journal, release, environment, lease, policy_of(journal, release, environment), image)
         if state.candidate is not None:  # one that was left behind, perhaps with a share of the traffic
             with router.alone(settings):
                 reconcile.route(settings, journal, target)
@@ -246,7 +235,7 @@ def switch(
         previous=after.previous,
         url=f"{settings.router_url(environment)}/{project}",
         traffic_percent=100,
-        position=journal.decisions(project, environment)[-1].position,
+        position=journal.decisions(project, environment, last=1)[0].position,
     )
 
 
@@ -422,14 +411,19 @@ def _abandon(
 
 
 def _begin(
-    journal: Journal, release: Release, environment: Environment, lease: Lease, policy: RolloutPolicy
+    journal: Journal,
+    release: Release,
+    environment: Environment,
+    lease: Lease,
+    policy: RolloutPolicy,
+    image: str = "",
 ) -> None:
     journal.decide(
         project=release.project,
         environment=environment,
         kind="candidate",
         release_id=release.release_id,
-        payload={"strategy": policy.strategy, "lease": lease.token},
+        payload={"strategy": policy.strategy, "image": image, "lease": lease.token},
         lease=lease,
     )
 
@@ -482,7 +476,7 @@ def _ask(
     evidence: Evidence,
     policy: RolloutPolicy,
 ) -> None:
-    until = datetime.fromtimestamp(datetime.now(UTC).timestamp() + policy.approval_hours * 3600, UTC)
+    until = datetime.now(UTC) + timedelta(hours=policy.approval_hours)
     journal.decide(
         project=release.project,
         environment=environment,
